@@ -1,0 +1,1 @@
+//! Kernels of a Mixture-of-Experts transformer.

@@ -1,0 +1,1 @@
+//! A strict PTX simulator: runs the GPU kernels of gatefold on the CPU.
