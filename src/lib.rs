@@ -1,1 +1,9 @@
 //! Kernels of a Mixture-of-Experts transformer.
+
+pub mod element;
+pub mod error;
+pub mod view;
+
+pub use element::{Dtype, Element};
+pub use error::{Error, Result};
+pub use view::{View, ViewMut};
