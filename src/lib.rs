@@ -2,6 +2,8 @@
 
 pub mod element;
 pub mod error;
+pub mod random;
+pub mod spec;
 pub mod view;
 
 pub use element::{Dtype, Element};
