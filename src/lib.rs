@@ -1,5 +1,6 @@
 //! Kernels of a Mixture-of-Experts transformer.
 
+pub mod args;
 pub mod element;
 pub mod error;
 pub mod random;

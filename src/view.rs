@@ -6,12 +6,20 @@ use crate::error::{Error, Result};
 ///
 /// Strides count elements. The last dimension must be contiguous; other strides are free, also 0 (one row for all).
 /// Making a view checks nothing; the function it is passed to does, and names the argument.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct View<'a, T, const N: usize> {
     data: &'a [T],
     shape: [usize; N],
     strides: [usize; N],
 }
+
+impl<T, const N: usize> Clone for View<'_, T, N> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T, const N: usize> Copy for View<'_, T, N> {}
 
 /// A borrowed array that is written; otherwise as [`View`]. Its rows must not overlap.
 #[derive(Debug)]
