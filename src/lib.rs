@@ -1,6 +1,7 @@
 //! Kernels of a Mixture-of-Experts transformer.
 
 pub mod args;
+pub mod cpu;
 pub mod element;
 pub mod error;
 pub mod random;

@@ -1,0 +1,63 @@
+//! The CPU backend: the functions of the crate on slices in `f32`, `bf16` and `f16`, with SIMD instructions found at run time.
+//!
+//! Every function takes a [`Cpu`] first: the instructions to use ([`Level`]) and a workspace. Threads are those of the rayon
+//! pool that the caller is in. Results do not depend on the number of threads.
+
+#![allow(dead_code)] // until every function that uses these is here
+
+mod float;
+mod level;
+mod math;
+mod parallel;
+mod simd;
+mod workspace;
+
+pub use float::Float;
+pub use level::Level;
+
+use crate::error::Result;
+use workspace::Workspace;
+
+/// The instructions that calls use, and their workspace: make one and keep it.
+pub struct Cpu {
+    pub(crate) level: Level,
+    pub(crate) workspace: Workspace,
+}
+
+impl Cpu {
+    /// The best level of this machine, or what `GATEFOLD_CPU_LEVEL` caps it to; an empty workspace.
+    ///
+    /// # Errors
+    /// [`Error::Value`](crate::Error::Value) if `GATEFOLD_CPU_LEVEL` is not a level's name.
+    pub fn new() -> Result<Cpu> {
+        Ok(Cpu::with_level(Level::detect()?))
+    }
+
+    /// A chosen level; an empty workspace.
+    pub const fn with_level(level: Level) -> Cpu {
+        Cpu { level, workspace: Workspace::new() }
+    }
+
+    /// The level that calls use.
+    pub fn level(&self) -> Level {
+        self.level
+    }
+
+    /// Makes the workspace at least so large. A call that needs more makes it grow, which is the only heap allocation that a
+    /// call does; reserve what the function's `*_workspace_bytes` tells, and there is none.
+    pub fn reserve(&mut self, bytes: usize) {
+        self.workspace.reserve(bytes);
+    }
+
+    /// Size of the workspace now.
+    pub fn workspace_bytes(&self) -> usize {
+        self.workspace.bytes()
+    }
+}
+
+impl std::fmt::Debug for Cpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut fields = f.debug_struct("Cpu");
+        fields.field("level", &self.level).field("workspace_bytes", &self.workspace_bytes()).finish()
+    }
+}

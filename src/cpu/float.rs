@@ -1,0 +1,80 @@
+//! Element types that the CPU backend computes with.
+
+use super::simd::Simd;
+use crate::element::Element;
+use half::{bf16, f16};
+
+/// `f32`, `bf16` or `f16`: what activations and weights of the CPU backend may be. (`f64` is for the reference alone.)
+///
+/// The methods convert between slices and vectors of `f32`: exact when reading, rounded to nearest even when writing.
+pub trait Float: Element {
+    /// The first `LANES` values. Panics if there are fewer.
+    #[doc(hidden)]
+    fn load<S: Simd>(simd: S, src: &[Self]) -> S::F32;
+    /// The first `min(LANES, len)` values, the other lanes 0.
+    #[doc(hidden)]
+    fn load_partial<S: Simd>(simd: S, src: &[Self]) -> S::F32;
+    /// Writes the first `LANES` values. Panics if there is room for fewer.
+    #[doc(hidden)]
+    fn store<S: Simd>(simd: S, dst: &mut [Self], x: S::F32);
+    /// Writes the first `min(LANES, len)` values.
+    #[doc(hidden)]
+    fn store_partial<S: Simd>(simd: S, dst: &mut [Self], x: S::F32);
+}
+
+impl Float for f32 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, src: &[f32]) -> S::F32 {
+        simd.load(src)
+    }
+    #[inline(always)]
+    fn load_partial<S: Simd>(simd: S, src: &[f32]) -> S::F32 {
+        simd.load_partial(src)
+    }
+    #[inline(always)]
+    fn store<S: Simd>(simd: S, dst: &mut [f32], x: S::F32) {
+        simd.store(dst, x);
+    }
+    #[inline(always)]
+    fn store_partial<S: Simd>(simd: S, dst: &mut [f32], x: S::F32) {
+        simd.store_partial(dst, x);
+    }
+}
+
+impl Float for bf16 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, src: &[bf16]) -> S::F32 {
+        simd.load_bf16(src)
+    }
+    #[inline(always)]
+    fn load_partial<S: Simd>(simd: S, src: &[bf16]) -> S::F32 {
+        simd.load_partial_bf16(src)
+    }
+    #[inline(always)]
+    fn store<S: Simd>(simd: S, dst: &mut [bf16], x: S::F32) {
+        simd.store_bf16(dst, x);
+    }
+    #[inline(always)]
+    fn store_partial<S: Simd>(simd: S, dst: &mut [bf16], x: S::F32) {
+        simd.store_partial_bf16(dst, x);
+    }
+}
+
+impl Float for f16 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, src: &[f16]) -> S::F32 {
+        simd.load_f16(src)
+    }
+    #[inline(always)]
+    fn load_partial<S: Simd>(simd: S, src: &[f16]) -> S::F32 {
+        simd.load_partial_f16(src)
+    }
+    #[inline(always)]
+    fn store<S: Simd>(simd: S, dst: &mut [f16], x: S::F32) {
+        simd.store_f16(dst, x);
+    }
+    #[inline(always)]
+    fn store_partial<S: Simd>(simd: S, dst: &mut [f16], x: S::F32) {
+        simd.store_partial_f16(dst, x);
+    }
+}
