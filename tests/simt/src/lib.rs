@@ -1,1 +1,3 @@
 //! A strict PTX simulator: runs the GPU kernels of gatefold on the CPU.
+
+pub mod model;
