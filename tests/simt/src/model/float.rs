@@ -309,8 +309,20 @@ pub fn min_max(format: Format, a: u32, b: u32, want_max: bool, nan: bool, ftz: b
     let (a, b) = if ftz { (format.flush(a), format.flush(b)) } else { (a, b) };
     match (format.is_nan(a), format.is_nan(b)) {
         (true, true) => format.nan(),
-        (true, false) => if nan { format.nan() } else { b },
-        (false, true) => if nan { format.nan() } else { a },
+        (true, false) => {
+            if nan {
+                format.nan()
+            } else {
+                b
+            }
+        }
+        (false, true) => {
+            if nan {
+                format.nan()
+            } else {
+                a
+            }
+        }
         (false, false) => {
             let a_is_less = order_key(format, a) < order_key(format, b);
             if a_is_less != want_max { a } else { b }

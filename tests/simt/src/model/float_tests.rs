@@ -320,7 +320,8 @@ fn half_arithmetic_rounds_once() {
     let values = finite_values(F16);
     let mut state = 11u64;
     for _ in 0..40_000 {
-        let (a, b, c) = (rng(&mut state) as u32 & 0xffff, rng(&mut state) as u32 & 0xffff, rng(&mut state) as u32 & 0xffff);
+        let (a, b, c) =
+            (rng(&mut state) as u32 & 0xffff, rng(&mut state) as u32 & 0xffff, rng(&mut state) as u32 & 0xffff);
         if [a, b, c].iter().any(|&x| x & 0x7c00 == 0x7c00) {
             continue;
         }

@@ -190,7 +190,8 @@ pub fn tile(
     match spec.numerics {
         Numerics::Fast => fast(spec, m, n, k, a, b, c, d, scratch),
         Numerics::Exact(arch) => {
-            let finite = all_finite(spec.a, a) && all_finite(spec.b, b) && c.iter().all(|&c| is_finite_acc(spec.acc, c));
+            let finite =
+                all_finite(spec.a, a) && all_finite(spec.b, b) && c.iter().all(|&c| is_finite_acc(spec.acc, c));
             let widths = widths(spec, arch, k);
             if finite {
                 exact_dispatch(spec, widths, n, k, a, b, c, d, scratch);
@@ -262,7 +263,7 @@ fn exact_dispatch(
         fn with_avx2(
             spec: &Spec,
             widths: Widths,
-                    n: usize,
+            n: usize,
             k: usize,
             a: &[u32],
             b: &[u32],
@@ -534,7 +535,9 @@ fn to_f32(input: Input, bits: u32) -> f32 {
                 return format.decode(bits) as f32;
             }
             let rebias = (127 - format.bias() as u32) << 23;
-            f32::from_bits((bits & format.sign_bit()) << (32 - format.width()) | ((magnitude << (23 - format.frac_bits)) + rebias))
+            f32::from_bits(
+                (bits & format.sign_bit()) << (32 - format.width()) | ((magnitude << (23 - format.frac_bits)) + rebias),
+            )
         }
     }
 }

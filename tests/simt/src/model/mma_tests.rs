@@ -264,10 +264,17 @@ fn overflow_becomes_infinity_and_subnormals_survive() {
 #[test]
 fn integers_are_exact() {
     let mut state = 5;
-    for (a_type, b_type) in [(Input::S8, Input::S8), (Input::U8, Input::U8), (Input::S8, Input::U8), (Input::U8, Input::S8)] {
+    for (a_type, b_type) in
+        [(Input::S8, Input::S8), (Input::U8, Input::U8), (Input::S8, Input::U8), (Input::U8, Input::S8)]
+    {
         for saturate in [false, true] {
-            let spec =
-                Spec { a: a_type, b: b_type, acc: Accumulator::S32(saturate), unit: Unit::Mma, numerics: Numerics::Fast };
+            let spec = Spec {
+                a: a_type,
+                b: b_type,
+                acc: Accumulator::S32(saturate),
+                unit: Unit::Mma,
+                numerics: Numerics::Fast,
+            };
             let a: Vec<u32> = (0..512).map(|_| rng(&mut state) as u32 & 0xff).collect();
             let b: Vec<u32> = (0..256).map(|_| rng(&mut state) as u32 & 0xff).collect();
             let c: Vec<u32> = (0..128).map(|i| if i % 2 == 0 { rng(&mut state) as u32 } else { 0x7fff_fff0 }).collect();
@@ -275,8 +282,11 @@ fn integers_are_exact() {
             tile(&spec, 16, 8, 32, &a, &b, &c, &mut d, &mut Scratch::default());
             for row in 0..16 {
                 for col in 0..8 {
-                    let value = |t: Input, x: u32| if t == Input::S8 { x as i64 - if x > 127 { 256 } else { 0 } } else { x as i64 };
-                    let dot: i64 = (0..32).map(|i| value(a_type, a[row * 32 + i]) * value(b_type, b[col * 32 + i])).sum();
+                    let value = |t: Input, x: u32| {
+                        if t == Input::S8 { x as i64 - if x > 127 { 256 } else { 0 } } else { x as i64 }
+                    };
+                    let dot: i64 =
+                        (0..32).map(|i| value(a_type, a[row * 32 + i]) * value(b_type, b[col * 32 + i])).sum();
                     let sum = dot + i64::from(c[row * 8 + col] as i32);
                     let want = if saturate { sum.clamp(i32::MIN.into(), i32::MAX.into()) } else { sum } as u32;
                     assert_eq!(d[row * 8 + col], want);
@@ -298,7 +308,8 @@ fn fast_is_close_to_the_real_sum() {
         tile(&spec, 16, 8, k, &a, &b, &[1f32.to_bits(); 128], &mut d, &mut Scratch::default());
         for row in 0..16 {
             for col in 0..8 {
-                let products = (0..k).map(|i| input.format().decode(a[row * k + i]) * input.format().decode(b[col * k + i]));
+                let products =
+                    (0..k).map(|i| input.format().decode(a[row * k + i]) * input.format().decode(b[col * k + i]));
                 let (sum, size) = products.fold((1.0, 1.0), |(s, t): (f64, f64), p| (s + p, t + p.abs()));
                 let got = f64::from(f32::from_bits(d[row * 8 + col]));
                 assert!((got - sum).abs() <= size * 2f64.powi(-24) * (k + 1) as f64);
@@ -322,7 +333,12 @@ fn every_pattern_widens_to_f32() {
 #[ignore = "a measurement"]
 fn speed_of_tiles() {
     let mut state = 9;
-    for (input, unit, n) in [(Input::Bf16, Unit::Mma, 8), (Input::F16, Unit::Mma, 8), (Input::E4m3, Unit::Mma, 8), (Input::Bf16, Unit::Wgmma, 128)] {
+    for (input, unit, n) in [
+        (Input::Bf16, Unit::Mma, 8),
+        (Input::F16, Unit::Mma, 8),
+        (Input::E4m3, Unit::Mma, 8),
+        (Input::Bf16, Unit::Wgmma, 128),
+    ] {
         let k = 256 / input.bits() as usize;
         for numerics in [Numerics::Exact(Arch::Ampere), Numerics::Exact(Arch::Hopper), Numerics::Fast] {
             let spec = spec(input, Accumulator::F32, unit, numerics);
@@ -337,7 +353,10 @@ fn speed_of_tiles() {
                 tile(&spec, 16, n, k, &a, &b, &c, &mut d, &mut scratch);
             }
             let flops = (2 * 16 * n * k * runs) as f64;
-            println!("{input:?} {unit:?} n={n} {numerics:?}: {:.2} GFLOP/s", flops / start.elapsed().as_secs_f64() / 1e9);
+            println!(
+                "{input:?} {unit:?} n={n} {numerics:?}: {:.2} GFLOP/s",
+                flops / start.elapsed().as_secs_f64() / 1e9
+            );
         }
     }
 }
