@@ -334,7 +334,7 @@ mod tests {
     fn matrix_loads_and_stores() {
         // 9.7.14.5.15: thread 0 holds row 0 columns 0, 1; thread 5 row 1 columns 2, 3; thread 31 row 7 columns 6, 7
         let plain = load_matrix(&numbered(), false);
-        assert_eq!((plain[0], plain[5], plain[31]), (1 << 16, 8 + 2 | (8 + 3) << 16, 62 | 63 << 16));
+        assert_eq!((plain[0], plain[5], plain[31]), (1 << 16, 10 | (11 << 16), 62 | 63 << 16));
         let trans = load_matrix(&numbered(), true);
         assert_eq!((trans[0], trans[5], trans[31]), (8 << 16, 17 | 25 << 16, 55 | 63 << 16));
         for t in [false, true] {

@@ -408,7 +408,7 @@ fn round_results(acc: Accumulator, widths: Widths, sums: &[f64; LANES], out: &mu
     for lane in 0..LANES {
         let bits = sums[lane].to_bits();
         let field = (bits >> 52 & 0x7ff) as i32;
-        normal &= (field >= 1023 - 126 && field <= 1023 + 127) || field == 0;
+        normal &= (1023 - 126..=1023 + 127).contains(&field) || field == 0;
         let magnitude = (bits & (u64::MAX >> 1)).wrapping_sub(896 << 52) >> 29;
         let sign = (bits >> 32) as u32 & 0x8000_0000;
         out[lane] = if field == 0 { 0 } else { sign | (magnitude as u32 & 0x7fff_ffff & cut) };

@@ -135,7 +135,7 @@ impl TensorMap {
                 return fail(format!("{name} has {len} entries, a tensor of rank {rank} asks for {want}"));
             }
         }
-        if self.address % 16 != 0 {
+        if !self.address.is_multiple_of(16) {
             return fail(format!("address {:#x} is not 16-byte aligned", self.address));
         }
         for (i, &dim) in self.dims.iter().enumerate() {
