@@ -2,6 +2,7 @@
 
 pub mod args;
 pub mod cpu;
+pub mod cuda;
 pub mod element;
 pub mod error;
 pub mod random;

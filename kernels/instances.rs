@@ -1,0 +1,82 @@
+//! The closed table of kernel instances: every entry that exists, with every value that its template reads.
+//!
+//! A value is a `${NAME}` in the template and a field of the same name, in lower case, on the Rust side
+//! (`cuda::kernels::<template>::Instance`). Nothing else sets a tile size, so host and kernel cannot disagree.
+
+/// A value of an instance.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Value {
+    /// A count or a size; `u32` on the Rust side.
+    Int(u32),
+    /// A choice; `bool` on the Rust side.
+    Flag(bool),
+    /// An element type by name; `Dtype` on the Rust side.
+    Dtype(&'static str),
+}
+
+/// One row of the table: one module with one entry.
+#[derive(Clone, Debug)]
+pub struct Instance {
+    /// `kernels/<template>.ptx`.
+    pub template: &'static str,
+    /// What stands behind `gatefold_<template>_` in the entry's name.
+    pub variant: String,
+    /// The lowest PTX version that knows every instruction of the template.
+    pub version: &'static str,
+    /// The lowest target that runs it.
+    pub target: &'static str,
+    /// Names and values, in the order of the Rust fields.
+    pub values: Vec<(&'static str, Value)>,
+}
+
+/// Element types of activations, with the elements in 16 bytes: what one thread loads at once.
+const DTYPES: [(&str, u32); 3] = [("bf16", 8), ("f16", 8), ("f32", 4)];
+
+/// Aligned instances move 16 bytes an instruction; the others take any address and any width. Same sums, same bits.
+const ALIGNMENTS: [(bool, &str); 2] = [(true, ""), (false, "_unaligned")];
+
+/// All instances.
+pub fn instances() -> Vec<Instance> {
+    use Value::{Dtype, Flag, Int};
+    let mut table = Vec::new();
+    // Norm weights in f32, as the other backends take them, or in the activations' own type, as checkpoints hold them.
+    for (dtype, vec) in DTYPES {
+        for weight in if dtype == "f32" { vec![dtype] } else { vec![dtype, "f32"] } {
+            for (aligned, suffix) in ALIGNMENTS {
+                let types = if weight == dtype { dtype.to_string() } else { format!("{dtype}_{weight}") };
+                table.push(Instance {
+                    template: "rms_norm",
+                    variant: format!("{types}{suffix}"),
+                    version: "7.0",
+                    target: "sm_80",
+                    values: vec![
+                        ("DTYPE", Dtype(dtype)),
+                        ("WEIGHT", Dtype(weight)),
+                        ("ALIGNED", Flag(aligned)),
+                        ("VEC", Int(vec)),
+                        ("UNROLL", Int(4)), // with 256 threads: 8192 columns of 16 bits in one round, most models' width
+                        ("THREADS", Int(256)),
+                    ],
+                });
+            }
+        }
+    }
+    for (dtype, vec) in DTYPES {
+        for (aligned, suffix) in ALIGNMENTS {
+            table.push(Instance {
+                template: "silu_mul",
+                variant: format!("{dtype}{suffix}"),
+                version: "7.0",
+                target: "sm_80",
+                values: vec![
+                    ("DTYPE", Dtype(dtype)),
+                    ("ALIGNED", Flag(aligned)),
+                    ("VEC", Int(vec)),
+                    ("THREADS", Int(128)),
+                    ("COLS_PER_CTA", Int(128 * vec)),
+                ],
+            });
+        }
+    }
+    table
+}

@@ -1,0 +1,30 @@
+//! The GPU backend: hand-written PTX for NVIDIA GPUs from A100 on, compiled by the driver at run time.
+//!
+//! Nothing is needed to build it, and a machine without a driver or a GPU gets [`Error::NoDevice`](crate::Error::NoDevice)
+//! instead of a panic. Three layers:
+//!
+//! 1. A **plan** ([`RmsNormPlan`], [`SiluMulPlan`]): from shapes, element type and strides to kernel and grid. Pure data,
+//!    made and tested without a GPU; all errors of shape are found here.
+//! 2. Its **launch**: `unsafe`, on device pointers as `u64` and any stream of any library. Does not allocate, copy or
+//!    wait, so it can be captured into a graph once `warmup` has loaded the kernels.
+//! 3. Safe views over device slices, on top of the launches. Not there yet.
+//!
+//! [`Device`] needs feature `cuda`; plans do not.
+
+#[cfg(feature = "cuda")]
+mod device;
+#[doc(hidden)]
+pub mod driver;
+#[doc(hidden)]
+pub mod kernels;
+mod rms_norm;
+mod rows;
+mod silu_mul;
+#[cfg(feature = "cuda")]
+mod sys;
+
+#[cfg(feature = "cuda")]
+pub use device::Device;
+pub use driver::Stream;
+pub use rms_norm::{ResidualArgs, RmsNorm, RmsNormArgs, RmsNormPlan};
+pub use silu_mul::{SiluMul, SiluMulArgs, SiluMulPlan};

@@ -1,0 +1,343 @@
+//! How the CUDA backend behaves with drivers and devices that the test machine does not have: against a driver library
+//! made for the purpose (`tests/fake_driver`), so without a GPU. Needs a C compiler, else the tests print SKIPPED.
+#![cfg(all(feature = "cuda", unix))]
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use gatefold::cuda::driver::{Buffer, Driver, Launch};
+use gatefold::cuda::kernels::{self, Kernel};
+use gatefold::cuda::{Device, SiluMul, SiluMulArgs, SiluMulPlan, Stream};
+use gatefold::{Dtype, Error};
+
+/// Builds the driver with these definitions; `None`, said aloud, where there is no C compiler.
+fn driver(name: &str, definitions: &[&str]) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("libfake_{name}_{}.so", std::process::id()));
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_driver/driver.c");
+    let mut compiler = Command::new(env::var_os("CC").unwrap_or_else(|| "cc".into()));
+    compiler.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&path).arg(source);
+    for definition in definitions {
+        compiler.arg(format!("-D{definition}"));
+    }
+    match compiler.output() {
+        Ok(output) if output.status.success() => Some(path),
+        Ok(output) => panic!("{}", String::from_utf8_lossy(&output.stderr)),
+        Err(error) => {
+            println!("SKIPPED: no C compiler for the fake driver ({error})");
+            None
+        }
+    }
+}
+
+/// What opening device `ordinal` of such a driver says. The library's path is written as LIBRARY.
+fn message(name: &str, definitions: &[&str], ordinal: usize) -> Option<String> {
+    let path = driver(name, definitions)?;
+    let error = Device::open_with(&path, ordinal).expect_err("this driver must not work");
+    Some(error.to_string().replace(&path.display().to_string(), "LIBRARY"))
+}
+
+/// `message` must be this one, on one line.
+fn assert_message(found: Option<String>, expected: &str) {
+    if let Some(found) = found {
+        assert_eq!(found, expected);
+        assert!(!found.contains('\n'));
+    }
+}
+
+#[test]
+fn no_library() {
+    let error = Device::open_with(Path::new("/nowhere/libcuda.so.1"), 0).unwrap_err();
+    let text = error.to_string();
+    assert!(matches!(error, Error::NoDevice { .. }), "{text}");
+    assert!(
+        text.starts_with("no CUDA device: expected the NVIDIA driver's library, found none: /nowhere/libcuda.so.1")
+    );
+    assert!(!text.contains('\n'), "{text}");
+}
+
+#[test]
+fn library_without_functions() {
+    let found = driver("none", &["cuDriverGetVersion=something_else", "ONLY_VERSION"]);
+    let Some(path) = found else { return };
+    let text = Device::open_with(&path, 0).unwrap_err().to_string();
+    assert!(text.contains("expected a driver for CUDA 11.8 or newer"), "{text}");
+    assert!(text.contains("without `cuDriverGetVersion`"), "{text}");
+    assert_message(
+        message("only_version", &["ONLY_VERSION"], 0),
+        "no CUDA device: expected a driver for CUDA 11.8 or newer, found LIBRARY without `cuInit`",
+    );
+    assert_message(
+        message("no_launch", &["NO_LAUNCH"], 0),
+        "no CUDA device: expected a driver for CUDA 11.8 or newer, found LIBRARY without `cuLaunchKernelEx`",
+    );
+}
+
+#[test]
+fn old_driver() {
+    assert_message(
+        message("old", &["VERSION=11040"], 0),
+        "no CUDA device: expected a driver for CUDA 11.8 or newer, found LIBRARY for CUDA 11.4",
+    );
+}
+
+#[test]
+fn stub_library() {
+    assert_message(
+        message("stub", &["STUB"], 0),
+        "no CUDA device: expected the NVIDIA driver's library, found LIBRARY, the stub library of a toolkit",
+    );
+}
+
+#[test]
+fn driver_that_does_not_start() {
+    assert_message(
+        message("sick", &["INIT=999"], 0),
+        "`cuInit` failed for LIBRARY: expected success, found CUDA_ERROR_UNKNOWN (999): the fake driver says no",
+    );
+    // A status that no list has yet.
+    assert_message(
+        message("unlisted", &["INIT=4321"], 0),
+        "`cuInit` failed for LIBRARY: expected success, found an unknown error (4321)",
+    );
+}
+
+#[test]
+fn ordinal_out_of_range() {
+    assert_message(message("two", &["COUNT=2"], 2), "`ordinal` is 2, expected a device number below 2");
+}
+
+#[test]
+fn device_too_old() {
+    assert_message(
+        message("sm_75", &["SM=75"], 0),
+        "no CUDA device: expected compute capability 8.0 or newer, found Fake GPU with 7.5",
+    );
+}
+
+/// The message depends on the environment, which is set for a process of its own: this test, run again.
+#[test]
+fn no_visible_device() {
+    const LIBRARY: &str = "GATEFOLD_TEST_FAKE_DRIVER";
+    if let Some(path) = env::var_os(LIBRARY) {
+        println!("MESSAGE {}", Device::open_with(Path::new(&path), 0).unwrap_err());
+        return;
+    }
+    for (name, definition) in [("init_none", "INIT=100"), ("count_none", "COUNT=0")] {
+        let Some(path) = driver(name, &[definition]) else { return };
+        for (visible, expected) in [
+            (None, "none"),
+            (Some(""), "none: `CUDA_VISIBLE_DEVICES` is empty, which hides every device"),
+            (Some("-1"), "none with `CUDA_VISIBLE_DEVICES=-1`"),
+        ] {
+            let mut child = Command::new(env::current_exe().unwrap());
+            child.args(["--exact", "no_visible_device", "--nocapture"]).env(LIBRARY, &path);
+            match visible {
+                Some(list) => child.env("CUDA_VISIBLE_DEVICES", list),
+                None => child.env_remove("CUDA_VISIBLE_DEVICES"),
+            };
+            let output = child.output().unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            let message = text.lines().find_map(|line| line.split_once("MESSAGE ")).map(|(_, message)| message);
+            let expected = format!("no CUDA device: expected at least one visible device, found {expected}");
+            assert_eq!(message, Some(expected.as_str()), "{name}, {visible:?}: {text}");
+        }
+    }
+}
+
+/// The driver of this machine, whatever it is: an answer or a typed error, never a panic.
+#[test]
+fn this_machine() {
+    match Device::count() {
+        Ok(count) => {
+            assert!(count > 0);
+            let error = Device::open(count).unwrap_err();
+            assert!(matches!(error, Error::Value { .. }), "{error}");
+        }
+        Err(error) => {
+            assert!(matches!(error, Error::NoDevice { .. } | Error::Driver { .. }), "{error}");
+            assert_eq!(Device::open(0).unwrap_err(), error, "the same answer every time");
+            println!("SKIPPED: {error}");
+        }
+    }
+}
+
+#[test]
+fn shared_between_threads() {
+    fn check<T: Send + Sync>() {}
+    check::<Device>();
+    check::<SiluMulPlan>();
+    check::<gatefold::cuda::RmsNormPlan>();
+    check::<Stream>();
+}
+
+/// What the driver has alive: allocations, modules, retained contexts; the depth of the thread's context stack; whether
+/// somebody else's context is current.
+fn state(library: &libloading::Library) -> [i32; 5] {
+    let mut state = [0; 5];
+    // SAFETY: `fake_state` writes five ints.
+    unsafe {
+        library.get::<unsafe extern "C" fn(*mut i32)>(c"fake_state".to_bytes_with_nul()).unwrap()(state.as_mut_ptr())
+    };
+    state
+}
+
+const BROKEN: Kernel = Kernel {
+    entry: "gatefold_broken",
+    ptx: ".version 7.0\nbroken",
+    version: (7, 0),
+    sm: 80,
+    exact: false,
+    threads: 32,
+    params: &[],
+    static_shared_bytes: 0,
+    dynamic_shared: false,
+};
+static BROKEN_KERNEL: Kernel = BROKEN;
+static UNNAMED: Kernel = Kernel { entry: "gatefold_unnamed", ptx: ".version 7.0\n", ..BROKEN };
+static DYNAMIC: Kernel =
+    Kernel { entry: "gatefold_dynamic", ptx: ".version gatefold_dynamic", dynamic_shared: true, ..BROKEN };
+static SM_90A: Kernel =
+    Kernel { entry: "gatefold_sm_90a", ptx: ".version gatefold_sm_90a", sm: 90, exact: true, ..BROKEN };
+
+#[test]
+fn load() {
+    let Some(path) = driver("load", &["SM=120"]) else { return };
+    let device = Device::open_with(&path, 1).unwrap();
+    assert_eq!((device.ordinal(), device.name(), device.driver_version()), (1, "Fake GPU", (12, 4)));
+    assert_eq!(format!("{device:?}"), "Device(1: Fake GPU, sm_120)");
+
+    let error = device.load(&BROKEN_KERNEL).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "`cuModuleLoadDataEx` failed for gatefold_broken: expected success, found CUDA_ERROR_INVALID_PTX (218): \
+         the fake driver says no\nptxas fake, line 7; error : broken on purpose"
+    );
+    let error = device.load(&SM_90A).unwrap_err().to_string();
+    assert_eq!(error, "unsupported by cuda: gatefold_sm_90a needs exactly sm_90, Fake GPU is sm_120");
+    let error = device.load(&UNNAMED).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "`cuModuleGetFunction` failed for gatefold_unnamed: expected success, found an unknown error (500)"
+    );
+    device.load(&DYNAMIC).unwrap();
+
+    // SAFETY: loading the fake driver again runs nothing.
+    let library = unsafe { libloading::Library::new(&path).unwrap() };
+    assert_eq!(state(&library), [0, 1, 1, 0, 0], "what failed to load is not kept");
+    for kernel in kernels::ALL {
+        device.load(kernel).unwrap();
+        device.load(kernel).unwrap();
+    }
+    assert_eq!(state(&library), [0, 1 + kernels::ALL.len() as i32, 1, 0, 0]);
+    let error = device.allocate(usize::MAX >> 1).unwrap_err();
+    assert!(
+        matches!(&error, Error::Driver { found, .. } if found.starts_with("CUDA_ERROR_OUT_OF_MEMORY (2)")),
+        "{error}"
+    );
+    drop(device);
+    assert_eq!(state(&library), [0, 0, 0, 0, 0]);
+}
+
+#[test]
+fn launch() {
+    let Some(path) = driver("launch", &[]) else { return };
+    let device = Device::open_with(&path, 0).unwrap();
+    // SAFETY: loading the fake driver again runs nothing.
+    let library = unsafe { libloading::Library::new(&path).unwrap() };
+    // SAFETY: takes and returns nothing.
+    unsafe { library.get::<unsafe extern "C" fn()>(c"fake_foreign_context".to_bytes_with_nul()).unwrap()() };
+    assert_eq!(state(&library), [0, 0, 1, 0, 1]);
+
+    let plan = SiluMulPlan::new(&SiluMul::new(Dtype::F32, 3, 1024)).unwrap();
+    let memory = Buffer::from_slice(&device, &[0_f32; 3 * 3 * 1024]).unwrap();
+    let part = |i: u64| memory.ptr() + i * 3 * 1024 * 4;
+    plan.warmup(&device).unwrap();
+    let record = |stream: Stream| memory.to_vec::<u32>(stream).unwrap()[2 * 3 * 1024..][..14].to_vec();
+    let args = SiluMulArgs::new(part(0), part(1), part(2));
+    // SAFETY: `memory` holds three matrices of the plan's shape.
+    unsafe { plan.launch(&device, &args, Stream::from_raw(2)).unwrap() };
+    let words = record(Stream::from_raw(2));
+    assert_eq!(words, [3, 2, 1, 128, 1, 1, 0, 2, 1, 1, 1, 0, part(0) as u32, 1024]);
+
+    // Attributes
+    let kernel = kernels::ALL.iter().find(|kernel| kernel.entry == plan.kernel()).unwrap();
+    let params = kernels::silu_mul::Params {
+        gate_ptr: part(1),
+        up_ptr: part(0),
+        out_ptr: part(2),
+        gate_stride_bytes: 0,
+        up_stride_bytes: 0,
+        out_stride_bytes: 0,
+        intermediate_size: 7,
+    };
+    let mut cluster = Launch::grid([4, 6, 1]);
+    cluster.cluster = [2, 3, 1];
+    cluster.programmatic = true;
+    // SAFETY: the fake driver writes 14 words to `out_ptr`.
+    unsafe { device.launch(kernel, &cluster, &params.to_bytes(), Stream::LEGACY).unwrap() };
+    let words = record(Stream::LEGACY);
+    assert_eq!(words, [4, 6, 1, 128, 1, 1, 0, 0, 2, 3, 1, 1, part(1) as u32, 7]);
+
+    // What no device takes
+    let refused = |launch: &Launch, params: &[u8]| {
+        // SAFETY: refused before anything is launched.
+        unsafe { device.launch(kernel, launch, params, Stream::LEGACY) }.unwrap_err().to_string()
+    };
+    let entry = kernel.entry;
+    assert_eq!(
+        refused(&Launch::grid([1, 65536, 1]), &params.to_bytes()),
+        format!("`grid of {entry}` is [1, 65536, 1], expected 1 to [2147483647, 65535, 65535] blocks")
+    );
+    assert_eq!(
+        refused(&Launch::grid([1, 1, 1]), &[0; 51]),
+        format!("`parameters of {entry}` is 51 bytes, expected 52 bytes")
+    );
+    cluster.grid = [4, 5, 1];
+    assert_eq!(
+        refused(&cluster, &params.to_bytes()),
+        format!("`cluster of {entry}` is [2, 3, 1], expected a divisor of the grid [4, 5, 1]")
+    );
+    let mut shared = Launch::grid([1; 3]);
+    shared.dynamic_shared_bytes = 4;
+    assert_eq!(
+        refused(&shared, &params.to_bytes()),
+        format!("`shared memory of {entry}` is 4, 4 of it dynamic, expected at most 232448 bytes, none of it dynamic")
+    );
+
+    // Many threads, one device
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let out = Buffer::new(&device, 3 * 1024 * 4).unwrap();
+                for _ in 0..100 {
+                    let args = SiluMulArgs::new(part(0), part(1), out.ptr());
+                    // SAFETY: `out` is this thread's own, with the plan's shape.
+                    unsafe { plan.launch(&device, &args, Stream::LEGACY).unwrap() };
+                }
+                assert_eq!(out.to_vec::<u32>(Stream::LEGACY).unwrap()[..3], [3, 2, 1]);
+            });
+        }
+    });
+    drop(memory);
+    drop(device);
+    assert_eq!(state(&library), [0, 0, 0, 0, 1], "all given back, and the other library's context is current again");
+}
+
+#[test]
+fn bad_pointers() {
+    let Some(path) = driver("pointers", &[]) else { return };
+    let device = Device::open_with(&path, 0).unwrap();
+    let plan = SiluMulPlan::new(&SiluMul::new(Dtype::BF16, 2, 16)).unwrap();
+    let message = |gate, up, out| {
+        // SAFETY: refused before anything is launched.
+        unsafe { plan.launch(&device, &SiluMulArgs::new(gate, up, out), Stream::LEGACY) }.unwrap_err().to_string()
+    };
+    assert_eq!(message(0, 0x1000, 0x2000), "`gate` is 0x0, expected a device pointer that is a multiple of 2");
+    assert_eq!(message(0x1000, 0x2001, 0x3000), "`up` is 0x2001, expected a device pointer that is a multiple of 2");
+    assert_eq!(message(0x1000, 0x2000, 0x2010), "`out` overlaps `up`, expected separate memory");
+    // No tokens: nothing to check, nothing to launch.
+    let none = SiluMulPlan::new(&SiluMul::new(Dtype::BF16, 0, 16)).unwrap();
+    // SAFETY: nothing is launched.
+    unsafe { none.launch(&device, &SiluMulArgs::new(0, 0, 0), Stream::LEGACY).unwrap() };
+}
