@@ -169,9 +169,9 @@ impl<'a, T, const N: usize> View<'a, T, N> {
     #[inline(always)]
     pub fn offset(&self, index: [usize; N]) -> usize {
         let mut offset = 0;
-        for i in 0..N {
-            debug_assert!(index[i] < self.shape[i]);
-            offset += index[i] * self.strides[i];
+        for (i, (n, stride)) in index.into_iter().zip(self.shape.into_iter().zip(self.strides)) {
+            debug_assert!(i < n);
+            offset += i * stride;
         }
         offset
     }
@@ -205,8 +205,8 @@ impl<T: Copy, const N: usize> View<'_, T, N> {
     #[inline(always)]
     pub fn at_broadcast(&self, index: [usize; N]) -> T {
         let mut offset = 0;
-        for i in 0..N {
-            offset += if self.shape[i] == 1 { 0 } else { index[i] * self.strides[i] };
+        for (i, (n, stride)) in index.into_iter().zip(self.shape.into_iter().zip(self.strides)) {
+            offset += if n == 1 { 0 } else { i * stride };
         }
         self.data[offset]
     }
