@@ -5,12 +5,20 @@
 //! `f32`, or `f64` for a reference in full precision. `O` and `R` are the types of outputs.
 
 mod attention;
+mod glue;
+mod linear_attention;
 mod moe;
 mod qkv;
 
 pub use attention::{AttentionInput, AttentionOutput, AttentionShape, Kv, KvRun, Sequence};
+pub use linear_attention::{RetentionInput, RetentionOutput, WkvInput, WkvOutput};
 pub use moe::{ExpertWeights, FfnWeights, MoeInput, MoeOutput, MoeWeights, RouteInput, RouteOutput, Routing};
 pub use qkv::{KvCache, KvCacheMut, QkvInput, QkvOutput, RopeTable};
+
+pub(crate) use glue::{
+    check_elementwise, check_expert_ffn, check_linear, check_merge, check_mla_absorb_query, check_mla_project_value,
+    check_mlp, check_norm, check_rope, check_router_logits, mla_kv_b_shape,
+};
 
 use crate::error::{Error, Result};
 

@@ -6,6 +6,7 @@ pub mod cuda;
 pub mod element;
 pub mod error;
 pub mod random;
+pub mod reference;
 pub mod spec;
 pub mod view;
 

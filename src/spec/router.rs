@@ -3,17 +3,21 @@
 use super::{finite, non_negative_number, positive, positive_number};
 use crate::error::{Error, Result};
 
-/// From a logit to a score.
+/// From a logit to a score: f64 arithmetic in exactly the order written here, on every CPU backend, so that scores (and the
+/// experts that they choose) are the same bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum Score {
     /// `exp(l) / sum_e exp(l_e)` over all experts (with [`Selection::Prototypes`]: over the experts of the group).
+    ///
+    /// With `m` the largest logit (NaN does not count) and `x_e = exp(l_e - m)`, 1 where `l_e = m`: `x / sum_e x_e`, the sum over
+    /// ascending `e`. Where the largest logit is infinite, the experts that have it share the weight.
     #[default]
     Softmax,
     /// `1 / (1 + exp(-l))`.
     Sigmoid,
-    /// `sqrt(ln(1 + exp(l)))`.
+    /// `sqrt(ln(1 + exp(l)))`, computed as `sqrt(max(l, 0) + ln_1p(exp(-|l|)))`.
     SqrtSoftplus,
     /// The logit itself.
     Raw,
@@ -45,15 +49,16 @@ pub enum Selection {
     /// The `top_k` largest of the logits balanced by Sinkhorn's iteration (Clark et al. 2022, arXiv:2202.01169; as in
     /// Megatron-LM): with `c[t, e] = exp(l[t, e] - max_e l[t, e])`, and `col = 1` at the start, each iteration sets
     /// `row[t] = 1 / (T * (sum_e col[e] c[t, e] + 1e-8))`, then `col[e] = 1 / (E * (sum_t row[t] c[t, e] + 1e-8))`; top-k
-    /// compares `row[t] * c[t, e] * col[e]`. Masked tokens take no part. Weights are the scores, not the balanced values.
+    /// compares `row[t] * c[t, e] * col[e]` in f32. All sums ascend, `T` counts the unmasked tokens, which alone take part; `c = 1` where
+    /// the logit is the largest. Weights are the scores, not the balanced values.
     Sinkhorn {
         /// Iterations; at least 1.
         iterations: usize,
     },
     /// Phi-3.5-MoE's two experts (Liu et al. 2023, arXiv:2310.00811, at inference): the first is `e1 = argmax l`, its weight
-    /// the softmax at `e1` over the experts with `(l[e1] - l) / max(|l|, l[e1]) <= 2 jitter_eps`; the second is the same
+    /// the softmax at `e1` over the experts but those with `(l[e1] - l) / max(|l|, l[e1]) > 2 jitter_eps`; the second is the same
     /// among the others with `l[e2]` for `l[e1]` (`e1` left out of the softmax). `top_k` is 2; score, renormalisation and scaling do
-    /// not apply.
+    /// not apply. The best are found on f32 logits, the rest is f64; 0 / 0 in the test leaves an expert in.
     SparseMixer {
         /// Width of the band of logits that count as near the best.
         jitter_eps: f64,
@@ -123,7 +128,8 @@ impl ExpertGroups {
     }
 }
 
-/// How many tokens an expert serves at most, per group of tokens.
+/// How many tokens an expert serves at most, per group of tokens. Masked tokens count as tokens of their group here, so that
+/// the limit does not depend on the data; a last group that is shorter has fewer tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
 #[non_exhaustive]
@@ -161,7 +167,8 @@ pub struct Capacity {
     pub order: CapacityOrder,
     /// Consecutive tokens that form a group (a row of the batch); `None`: all tokens of the call.
     pub group_len: Option<usize>,
-    /// Whether dropped slots count as 0 in [`Router::renormalize`]; otherwise as if nothing were dropped.
+    /// Whether dropped slots (for capacity, or a second expert that is not used) count as 0 in [`Router::renormalize`], of softmax: as
+    /// -inf; otherwise as if nothing were dropped.
     pub normalize_after_drop: bool,
 }
 
@@ -197,7 +204,8 @@ pub enum SecondExpert {
     Random,
 }
 
-/// Auxiliary load-balancing loss. `p` is the softmax of the logits, whatever the score; masked tokens do not count.
+/// Auxiliary load-balancing loss. `p` is the softmax of the logits over all experts, whatever the score; the largest `p` are found on
+/// the f32 logits, ties to the lower expert. Masked tokens do not count; no token that counts: 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
 #[non_exhaustive]
@@ -205,7 +213,8 @@ pub enum AuxLoss {
     /// `E * sum_e f_e P_e`: `f_e` how often `e` is among the `top_k` largest `p` of a token, per token; `P_e` the mean of `p`.
     TopK,
     /// `E^2 * mean over (group, e) of f_e P_e`: `f_e` the fraction of the group's tokens whose largest `p` is `e`, before any
-    /// dropping; `P_e` the mean of `p` over the group. Groups are `group_len` consecutive tokens (`None`: all).
+    /// dropping; `P_e` the mean of `p` over the group. Groups are `group_len` consecutive tokens (`None`: all); a group without a
+    /// token that counts is left out of the mean.
     Switch {
         /// Tokens per group.
         group_len: Option<usize>,
@@ -223,7 +232,8 @@ pub enum AuxLoss {
 /// 5. [`Router::second_expert`] and [`Router::capacity`] may drop a slot: id -1, weight 0
 ///
 /// Selection compares f32 values: the logits where the score rises with the logit and neither bias nor a group sum
-/// enters, else the f32 score (computed in f64, rounded once) plus the bias in f32.
+/// enters ([`Router::selects_on_logits`]), else the f32 score (computed in f64 as [`Score`] says, rounded once) plus the bias in f32. A
+/// group's sum is an f32 sum too; a NaN makes it NaN.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
 #[non_exhaustive]
@@ -291,11 +301,15 @@ impl Router {
         limit.min(num_tokens)
     }
 
-    /// Whether top-k may compare logits in place of scores: the score never falls as the logit rises, and neither a bias
-    /// nor a sum enters.
+    /// Whether selection compares logits: where that is asked for, or in place of scores where the order is the same, because the score never
+    /// falls as the logit rises, and neither a bias nor a sum enters. Expert choice compares tokens, and a softmax over experts
+    /// does not keep their order.
     pub fn selects_on_logits(&self, has_selection_bias: bool) -> bool {
         let sums = self.groups.is_some_and(|g| g.score == GroupScore::Top2Sum);
-        self.select_on == SelectOn::Logits || self.score == Score::Raw || (!has_selection_bias && !sums)
+        let across_tokens = self.selection == Selection::ExpertChoice && self.score == Score::Softmax;
+        self.select_on == SelectOn::Logits
+            || self.score == Score::Raw
+            || (!has_selection_bias && !sums && !across_tokens)
     }
 
     /// # Errors
@@ -303,6 +317,9 @@ impl Router {
     /// their range, options that exclude one another.
     pub fn validate(&self) -> Result<()> {
         positive("num_experts", self.num_experts)?;
+        if self.num_experts > i32::MAX as usize {
+            return Err(Error::value("num_experts", "at most 2^31 - 1", self.num_experts));
+        }
         positive("top_k", self.top_k)?;
         let mut selectable = self.num_experts;
         if let Some(g) = &self.groups {
