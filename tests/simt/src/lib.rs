@@ -1,3 +1,29 @@
 //! A strict PTX simulator: runs the GPU kernels of gatefold on the CPU.
 
+// Lanes and registers index several arrays at once; a zip of them would hide which lane is meant.
+#![allow(clippy::needless_range_loop)]
+// The asynchronous half of the machine is still being built on these.
+#![allow(dead_code)]
+
+mod alu_float;
+mod alu_int;
+mod clock;
+mod counters;
+mod decode;
+mod exec;
+mod finding;
+mod global;
+mod hopper;
 pub mod model;
+mod op;
+mod ptx;
+mod sched;
+mod sim;
+mod state;
+mod window;
+
+pub use counters::Counters;
+pub use finding::{Finding, Found, Mode, Report};
+pub use op::Class;
+pub use ptx::PtxError;
+pub use sim::{Arg, Element, Launch, LaunchError, Module, Sim, seeds};

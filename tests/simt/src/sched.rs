@@ -1,0 +1,89 @@
+//! The scheduler: which cluster, which warp, for how long. Everything random comes from the seed.
+
+use crate::exec;
+use crate::finding::Finding;
+use crate::state::{Cluster, Cx, Hold};
+
+/// Runs the whole grid.
+pub(crate) fn run(cx: &mut Cx<'_>) {
+    let (grid, cluster) = (cx.config.grid, cx.config.cluster);
+    let counts: [u32; 3] = std::array::from_fn(|i| grid[i] / cluster[i]);
+    let total = counts.iter().map(|c| *c as usize).product::<usize>();
+    let mut order: Vec<u32> = (0..total as u32).collect();
+    for i in (1..total).rev() {
+        order.swap(i, cx.rng.below(i + 1));
+    }
+    let mut order = order.into_iter();
+    let mut resident: Vec<Cluster> = vec![];
+    loop {
+        while resident.len() < cx.config.resident.max(1) {
+            let Some(n) = order.next() else { break };
+            let at = [n % counts[0], n / counts[0] % counts[1], n / (counts[0] * counts[1])];
+            resident.push(Cluster::new(cx, std::array::from_fn(|i| at[i] * cluster[i])));
+        }
+        if resident.is_empty() {
+            return;
+        }
+        let which = cx.rng.below(resident.len());
+        turn(cx, &mut resident[which]);
+        if cx.dead {
+            return;
+        }
+        if resident[which].running == 0 && crate::hopper::finish(cx, &mut resident[which]) {
+            resident.swap_remove(which);
+        }
+    }
+}
+
+/// One turn of one cluster: a warp runs for a while, or the asynchronous engine makes a step.
+fn turn(cx: &mut Cx<'_>, cl: &mut Cluster) {
+    // Stay with a cluster for some turns: its state is warm.
+    for _ in 0..16 {
+        let pending = crate::hopper::pending(cl);
+        let count = cl.warps.len();
+        let start = cx.rng.below(count);
+        let ready = (0..count).map(|i| (start + i) % count).find(|&i| cl.warps[i].ready() != 0);
+        match ready {
+            Some(_) if pending > 0 && cx.rng.below(8) == 0 => crate::hopper::step(cx, cl),
+            Some(w) => {
+                let quantum = 1 + cx.rng.below(200);
+                exec::run(cx, cl, w, quantum);
+            }
+            None if pending > 0 => crate::hopper::step(cx, cl),
+            None if cl.running == 0 => return,
+            None => {
+                deadlock(cx, cl);
+                return;
+            }
+        }
+        if cx.dead {
+            return;
+        }
+    }
+}
+
+/// Nothing in the cluster can go on: says why.
+fn deadlock(cx: &mut Cx<'_>, cl: &mut Cluster) {
+    let mut lines = vec![];
+    let exited = cl.warps.iter().filter(|w| w.hold == Hold::Exited).count();
+    for warp in cl.warps.iter_mut().filter(|w| w.hold != Hold::Exited) {
+        let lane = warp.live.trailing_zeros();
+        let held = matches!(warp.hold, Hold::Barrier(_) | Hold::Cluster);
+        // A warp held by a barrier stands behind it already.
+        warp.pc =
+            if warp.hold == Hold::None { warp.pcs[lane as usize] } else { warp.pc.saturating_sub(u32::from(held)) };
+        let line = cx.kernel.code[warp.pc as usize].line;
+        lines.push(format!("block {:?} warp {} at line {line} ({:?})", warp.block, warp.id, warp.hold));
+    }
+    let shown = lines.iter().take(8).cloned().collect::<Vec<_>>().join("; ");
+    let more = if lines.len() > 8 { format!(" and {} more", lines.len() - 8) } else { String::new() };
+    let values = format!("{} warps wait, {exited} have exited: {shown}{more}", lines.len());
+    let Some(warp) = cl.warps.iter().find(|w| w.hold != Hold::Exited) else { return };
+    // Partners that have exited, or a barrier that a part of the warps never reaches.
+    let finding = match warp.hold {
+        Hold::Barrier(_) if exited > 0 => Finding::BarrierMisuse,
+        Hold::Registers(_) => Finding::RegistersExceeded,
+        _ => Finding::Deadlock,
+    };
+    cx.report(warp.site(), None, finding, values);
+}
