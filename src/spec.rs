@@ -6,6 +6,8 @@
 
 mod attention;
 mod ffn;
+#[cfg(feature = "serde")]
+mod hf;
 mod layer;
 mod linear_attention;
 mod mask;
@@ -15,6 +17,8 @@ mod router;
 
 pub use attention::{Attention, Mla, RelativeBias};
 pub use ffn::{Activation, ExpertFfn, Ffn, Moe, SharedExpert, WeightFormat, WeightOn};
+#[cfg(feature = "serde")]
+pub use hf::{Family, HfConfig};
 pub use layer::{AttentionBlock, GqaBlock, Layer, MlaBlock, Mlp};
 pub use linear_attention::{Retention, RetentionForm};
 pub use mask::Mask;

@@ -27,7 +27,7 @@ const STUB_LIBRARY: Status = cu::CUresult::CUDA_ERROR_STUB_LIBRARY as Status;
 const MIN_VERSION: c_int = 11_080;
 
 /// Names of the library, in the order in which cudarc looks for them, so that both find the same one.
-const LIBRARIES: [&str; 3] = ["libcuda.so", "libcuda.so.1", "nvcuda.dll"];
+const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
 
 /// The functions, each with the name of its symbol.
 ///
@@ -128,11 +128,16 @@ impl Api {
             // SAFETY: loading the driver library runs its initialisers, which it is made for.
             match unsafe { Library::new(name) } {
                 Ok(library) => return Api::start(library, name.into()),
-                Err(error) => problems.push(format!("{} ({})", name.display(), last_clause(&error.to_string()))),
+                Err(error) => {
+                    // The loader's own words, which mostly name the library.
+                    let reason = std::error::Error::source(&error).map_or(error.to_string(), ToString::to_string);
+                    let named = reason.contains(&*name.to_string_lossy());
+                    problems.push(if named { reason } else { format!("{}: {reason}", name.display()) });
+                }
             }
         }
         let expected = "the NVIDIA driver's library".into();
-        Err(no_device(expected, format!("none: {}", problems.join(", "))))
+        Err(no_device(expected, format!("none ({})", problems.join("; "))))
     }
 
     fn start(library: Library, name: OsString) -> Result<Api> {
@@ -247,11 +252,6 @@ fn version_text(version: c_int) -> String {
 fn text_of(buffer: &[u8]) -> String {
     let end = buffer.iter().position(|byte| *byte == 0).unwrap_or(buffer.len());
     String::from_utf8_lossy(&buffer[..end]).trim().into()
-}
-
-/// The loader says `name: reason: details`; the details are enough beside the name.
-fn last_clause(message: &str) -> &str {
-    message.rsplit(": ").next().unwrap_or(message)
 }
 
 fn no_device(expected: String, found: String) -> Error {

@@ -153,8 +153,9 @@ impl Rope {
                 positive_number("rope.original_max_position", *original_max_position)?;
                 positive_number("rope.low_freq_factor", *low_freq_factor)?;
                 positive_number("rope.high_freq_factor", *high_freq_factor)?;
-                if high_freq_factor <= low_freq_factor {
-                    let expected = format!("more than low_freq_factor ({low_freq_factor})");
+                // Equal ones occur (Llama-4 Scout): then there is no middle.
+                if high_freq_factor < low_freq_factor {
+                    let expected = format!("at least low_freq_factor ({low_freq_factor})");
                     return Err(Error::value("rope.high_freq_factor", expected, high_freq_factor));
                 }
                 Ok(())
@@ -202,7 +203,7 @@ impl Rope {
                     let rotations = original_max_position * f / (2.0 * PI);
                     if rotations < *low_freq_factor {
                         f / factor
-                    } else if rotations > *high_freq_factor {
+                    } else if rotations >= *high_freq_factor {
                         f
                     } else {
                         let smooth = (rotations - low_freq_factor) / (high_freq_factor - low_freq_factor);

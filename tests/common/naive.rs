@@ -1,0 +1,261 @@
+//! The naive method of the tolerance: textbook order, sequential f32 sums, rounded to the storage type where a backend stores.
+
+use gatefold::args::{AttentionInput, ExpertWeights, FfnWeights, Routing};
+use gatefold::spec::{Activation, Attention, ExpertFfn, Ffn, Norm, NormKind, Rope, RopeStyle, WeightOn};
+use gatefold::{Element, View};
+
+/// Whether a backend keeps an intermediate value in f32, or stores it in the type of its activations (as a
+/// product of two bf16 matrices makes it do).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    F32,
+    Storage,
+}
+
+impl Store {
+    fn round<T: Element>(self, x: f32) -> f32 {
+        match self {
+            Store::F32 => x,
+            Store::Storage => T::from_f32(x).to_f32(),
+        }
+    }
+}
+
+fn dot<A: Element, B: Element>(a: &[A], b: &[B]) -> f32 {
+    a.iter().zip(b).fold(0.0, |sum, (a, b)| sum + a.to_f32() * b.to_f32())
+}
+
+/// `out` in the type of the output, `lse` in f32.
+pub struct Attended<O> {
+    pub out: Vec<O>,
+    pub lse: Vec<f32>,
+}
+
+/// Scores, their largest, exponentials, sum, weights (in f32 or in storage, as the backend does), weighted sum.
+pub fn attention<T: Element, O: Element>(
+    spec: &Attention,
+    input: &AttentionInput<'_, T, f32>,
+    weights: Store,
+) -> Attended<O> {
+    let num_tokens = input.q.shape()[0];
+    let mut out = vec![O::default(); num_tokens * spec.num_heads * spec.value_dim];
+    let mut lse = vec![f32::NEG_INFINITY; num_tokens * spec.num_heads];
+    let num_seqs = input.cu_seqlens_q.map_or(1, |c| c.len() - 1);
+    for index in 0..num_seqs {
+        let seq = input.sequence(index);
+        for i in 0..seq.q_len {
+            for h in 0..spec.num_heads {
+                let g = h / spec.group_size();
+                let mut keys = Vec::new();
+                for j in seq.visible_rows(spec, i) {
+                    let at = [index, h, i, j];
+                    let hidden = input.mask.is_some_and(|m| m.at_broadcast(at) == 0)
+                        || input.bias.is_some_and(|b| b.at_broadcast(at) == f32::NEG_INFINITY);
+                    if hidden {
+                        continue;
+                    }
+                    let q = input.q.row(&[seq.q_begin + i, h]);
+                    let mut s = spec.softmax_scale as f32 * dot(q, input.kv.key(index, j, g, spec.head_dim));
+                    if let Some(cap) = spec.softcap {
+                        s = cap as f32 * (s / cap as f32).tanh();
+                    }
+                    let distance = (seq.k_start + j as i64) - (seq.q_start + i as i64);
+                    if let Some(bias) = &input.bias {
+                        s += bias.at_broadcast(at);
+                    }
+                    if let Some(slopes) = input.alibi_slopes {
+                        s += match &input.alibi_positions {
+                            Some(p) => slopes[h] * p.at_broadcast([index, j]),
+                            None => -slopes[h] * distance.abs() as f32,
+                        };
+                    }
+                    if let (Some(bias), Some(table)) = (&spec.relative_bias, &input.relative_bias) {
+                        s += table.at([bias.bucket(distance), h]);
+                    }
+                    keys.push((j, s));
+                }
+                let sink = input.sinks.map_or(f32::NEG_INFINITY, |s| s[h]);
+                let max = keys.iter().fold(sink, |m, (_, s)| m.max(*s));
+                if max == f32::NEG_INFINITY && !keys.iter().any(|(_, s)| s.is_nan()) {
+                    continue;
+                }
+                let exp = |s: f32| if s == max { 1.0 } else { (s - max).exp() };
+                let sum = keys.iter().fold(0.0, |sum, (_, s)| sum + exp(*s)) + exp(sink);
+                let row = (seq.q_begin + i) * spec.num_heads + h;
+                lse[row] = max + sum.ln();
+                for d in 0..spec.value_dim {
+                    let x = keys.iter().fold(0.0f32, |x, (j, s)| {
+                        let v = input.kv.value(index, *j, g, spec.value_dim)[d].to_f32();
+                        x + weights.round::<T>(exp(*s) / sum) * v
+                    });
+                    out[row * spec.value_dim + d] = O::from_f32(x);
+                }
+            }
+        }
+    }
+    Attended { out, lse }
+}
+
+/// `x weight^T + bias`
+pub fn linear<T: Element, W: Element, O: Element>(
+    x: &View<'_, T, 2>,
+    weight: &View<'_, W, 2>,
+    bias: Option<&[f32]>,
+) -> Vec<O> {
+    let ([rows, _], [cols, _]) = (x.shape(), weight.shape());
+    let mut out = Vec::with_capacity(rows * cols);
+    for t in 0..rows {
+        for o in 0..cols {
+            out.push(O::from_f32(dot(x.row(&[t]), weight.row(&[o])) + bias.map_or(0.0, |b| b[o])));
+        }
+    }
+    out
+}
+
+/// `act(gate) * up`, or `act(up)` of a plain block.
+fn inner(ffn: &Ffn, gate: Option<f32>, up: f32) -> f32 {
+    let act = |x: f32| match ffn.activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluErf => x * 0.5 * (1.0 + erf(f64::from(x) / std::f64::consts::SQRT_2) as f32),
+        Activation::GeluTanh => {
+            x * 0.5 * (1.0 + ((2.0 / std::f32::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
+        }
+        Activation::Relu => x.max(0.0),
+        Activation::ReluSquared => x.max(0.0) * x.max(0.0),
+        _ => unreachable!(),
+    };
+    match (ffn.activation, gate) {
+        (Activation::SwigluClamped { alpha, limit }, Some(gate)) => {
+            let (gate, up) = (gate.min(limit as f32), up.clamp(-limit as f32, limit as f32));
+            (up + 1.0) * gate / (1.0 + (-alpha as f32 * gate).exp())
+        }
+        (_, Some(gate)) => act(gate) * up,
+        (_, None) => act(up),
+    }
+}
+
+/// By Simpson's rule on `2 / sqrt(pi) * exp(-t^2)`: slow and simple, to about 1e-13.
+pub fn erf(x: f64) -> f64 {
+    let n = 2000;
+    let (x, sign) = (x.abs().min(7.0), x.signum());
+    let f = |i: usize| (-(x * i as f64 / n as f64).powi(2)).exp();
+    let inside: f64 = (1..n).map(|i| f(i) * if i % 2 == 1 { 4.0 } else { 2.0 }).sum();
+    sign * 2.0 / std::f64::consts::PI.sqrt() * (f(0) + inside + f(n)) * x / n as f64 / 3.0
+}
+
+/// One row of a block, in f32; the inner row as the backend stores it.
+fn block<T: Element, W: Element>(ffn: &Ffn, x: &[f32], w: &FfnWeights<'_, W, f32>, store: Store) -> Vec<f32> {
+    let project = |x: &[f32], w: &View<'_, W, 2>, b: Option<&[f32]>| -> Vec<f32> {
+        (0..w.shape()[0]).map(|o| dot(x, w.row(&[o])) + b.map_or(0.0, |b| b[o])).collect()
+    };
+    let up = project(x, &w.up, w.up_bias);
+    let gate = w.gate.as_ref().map(|g| project(x, g, w.gate_bias));
+    let row: Vec<f32> =
+        (0..up.len()).map(|i| store.round::<T>(inner(ffn, gate.as_ref().map(|g| g[i]), up[i]))).collect();
+    project(&row, &w.down, w.down_bias)
+}
+
+/// A whole block.
+pub fn mlp<T: Element, W: Element, O: Element>(
+    ffn: &Ffn,
+    x: &View<'_, T, 2>,
+    weights: &FfnWeights<'_, W, f32>,
+    store: Store,
+) -> Vec<O> {
+    let mut out = Vec::new();
+    for t in 0..x.shape()[0] {
+        let row: Vec<f32> = x.row(&[t]).iter().map(|x| x.to_f32()).collect();
+        out.extend(block::<T, W>(ffn, &row, weights, store).iter().map(|x| O::from_f32(*x)));
+    }
+    out
+}
+
+/// The routed experts: inner rows (and rows scaled on the input) as the backend stores them, the sum over slots in f32.
+pub fn expert_ffn<T: Element, W: Element, O: Element>(
+    spec: &ExpertFfn,
+    hidden: &View<'_, T, 2>,
+    routing: &Routing<'_, f32>,
+    weights: &ExpertWeights<'_, W, f32>,
+    store: Store,
+) -> Vec<O> {
+    let mut out = Vec::new();
+    for t in 0..hidden.shape()[0] {
+        let mut sum = vec![0.0f32; spec.ffn.hidden_size];
+        for (id, w) in routing.topk_ids.row(&[t]).iter().zip(routing.topk_weights.row(&[t])) {
+            let Some(expert) = spec.local_expert(*id) else { continue };
+            let on_input = spec.weight_on == WeightOn::Input;
+            let x: Vec<f32> = hidden
+                .row(&[t])
+                .iter()
+                .map(|x| if on_input { store.round::<T>(w * x.to_f32()) } else { x.to_f32() })
+                .collect();
+            for (sum, y) in sum.iter_mut().zip(block::<T, W>(&spec.ffn, &x, &weights.expert(expert), store)) {
+                *sum += if on_input { y } else { w * y };
+            }
+        }
+        out.extend(sum.iter().map(|x| O::from_f32(spec.combine_scale as f32 * x)));
+    }
+    out
+}
+
+/// RMS or layer norm of rows.
+pub fn norm<T: Element, O: Element>(
+    spec: &Norm,
+    x: &View<'_, T, 2>,
+    weight: Option<&[f32]>,
+    bias: Option<&[f32]>,
+) -> Vec<O> {
+    let [rows, width] = x.shape();
+    let mut out = Vec::new();
+    for t in 0..rows {
+        let row: Vec<f32> = x.row(&[t]).iter().map(|x| x.to_f32()).collect();
+        out.extend(normalized(spec, &row, width, weight, bias).iter().map(|x| O::from_f32(*x)));
+    }
+    out
+}
+
+fn normalized(spec: &Norm, row: &[f32], width: usize, weight: Option<&[f32]>, bias: Option<&[f32]>) -> Vec<f32> {
+    let mean = match spec.kind {
+        NormKind::Layer => row.iter().fold(0.0, |s, x| s + x) / width as f32,
+        _ => 0.0,
+    };
+    let variance = row.iter().fold(0.0, |s, x| s + (x - mean) * (x - mean)) / width as f32;
+    let scale = 1.0 / (variance + spec.eps as f32).sqrt();
+    (0..width)
+        .map(|i| {
+            let w = weight.map_or(1.0, |w| w[i] + spec.weight_offset as f32);
+            (row[i] - mean) * scale * w + bias.map_or(0.0, |b| b[i])
+        })
+        .collect()
+}
+
+/// Rotation of every head.
+pub fn rope<T: Element, O: Element>(
+    spec: &Rope,
+    x: &View<'_, T, 3>,
+    positions: &[u32],
+    cos: &View<'_, f32, 2>,
+    sin: &View<'_, f32, 2>,
+) -> Vec<O> {
+    let [num_tokens, heads, _] = x.shape();
+    let half = spec.rotary_dim / 2;
+    let mut out = Vec::new();
+    for t in 0..num_tokens {
+        for h in 0..heads {
+            let row: Vec<f32> = x.row(&[t, h]).iter().map(|x| x.to_f32()).collect();
+            let mut y = row.clone();
+            for n in 0..half {
+                let (from, to) = match spec.style {
+                    RopeStyle::Half => ([n, n + half], [n, n + half]),
+                    RopeStyle::Interleaved => ([2 * n, 2 * n + 1], [2 * n, 2 * n + 1]),
+                    _ => ([2 * n, 2 * n + 1], [n, n + half]),
+                };
+                let (c, s) = (cos.at([positions[t] as usize, n]), sin.at([positions[t] as usize, n]));
+                y[to[0]] = row[from[0]] * c - row[from[1]] * s;
+                y[to[1]] = row[from[1]] * c + row[from[0]] * s;
+            }
+            out.extend(y.iter().map(|x| O::from_f32(*x)));
+        }
+    }
+    out
+}
