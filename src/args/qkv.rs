@@ -140,6 +140,18 @@ pub enum KvCacheMut<'a, T> {
     },
 }
 
+impl<'a, T> KvCacheMut<'a, T> {
+    /// The same room for every sequence.
+    pub const fn contiguous(k: ViewMut<'a, T, 4>, v: ViewMut<'a, T, 4>) -> Self {
+        KvCacheMut::Contiguous { k, v }
+    }
+
+    /// Pages.
+    pub const fn paged(k: ViewMut<'a, T, 4>, v: ViewMut<'a, T, 4>, block_table: View<'a, u32, 2>) -> Self {
+        KvCacheMut::Paged { k, v, block_table }
+    }
+}
+
 /// New rows for a KV cache: row `i` of sequence `s` goes to row `kv_lens[s] + i` of its cache.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]

@@ -13,6 +13,16 @@
 //! ```
 #![allow(dead_code, unused_imports)] // Every test uses another part.
 
+/// A value with some fields changed: specifications cannot be written as struct literals outside of their crate.
+#[macro_export]
+macro_rules! with {
+    ($base:expr, $($field:ident: $value:expr),+ $(,)?) => {{
+        let mut value = $base;
+        $(value.$field = $value;)+
+        value
+    }};
+}
+
 pub mod attention_case;
 pub mod buffer;
 pub mod data;

@@ -1,0 +1,8 @@
+//! The reference on closed forms: cases whose answer is known without computing it the same way.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod attention;
+mod glue;
+mod linear_attention;
