@@ -6,7 +6,9 @@
 #![allow(dead_code)] // until every function that uses these is here
 
 mod float;
+mod gemm;
 mod level;
+mod linear;
 mod math;
 mod parallel;
 mod simd;
@@ -14,6 +16,7 @@ mod workspace;
 
 pub use float::Float;
 pub use level::Level;
+pub use linear::{PackedLinear, linear, linear_heads, linear_workspace_bytes};
 
 use crate::error::Result;
 use workspace::Workspace;

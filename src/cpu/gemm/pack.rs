@@ -1,0 +1,126 @@
+//! Rearranging: weights into panels, once; activations into tiles, as they are used.
+
+use super::product::Product;
+use super::{Activations, MAX_TILE, PANEL, TileSpan, num_panels, tiles};
+use crate::cpu::float::Float;
+use crate::cpu::simd::Simd;
+use crate::element::Dtype;
+use std::ops::Range;
+
+/// k as a panel holds it: even for bf16, the odd one padded with 0.
+pub const fn padded_k(dtype: Dtype, k: usize) -> usize {
+    match dtype {
+        Dtype::BF16 => k.next_multiple_of(2),
+        _ => k,
+    }
+}
+
+/// Values in one panel.
+pub const fn panel_len(dtype: Dtype, k: usize) -> usize {
+    padded_k(dtype, k).saturating_mul(PANEL)
+}
+
+/// Values in all panels of a matrix.
+pub const fn packed_len(dtype: Dtype, outputs: usize, k: usize) -> usize {
+    num_panels(outputs).saturating_mul(panel_len(dtype, k))
+}
+
+/// Fills one panel: `row(output)` gives the weights of an output of the panel (`k` values), or `None` for padding.
+pub fn pack_panel<'a, W: Float>(k: usize, row: impl Fn(usize) -> Option<&'a [W]>, panel: &mut [W]) {
+    assert_eq!(panel.len(), panel_len(W::DTYPE, k));
+    // A cache line of each row at a time.
+    const BLOCK: usize = 32;
+    let pairs = W::DTYPE == Dtype::BF16;
+    for start in (0..padded_k(W::DTYPE, k)).step_by(BLOCK) {
+        let end = (start + BLOCK).min(padded_k(W::DTYPE, k));
+        for output in 0..PANEL {
+            let row = row(output);
+            for at in start..end {
+                let value = row.and_then(|row| row[..k].get(at).copied()).unwrap_or_default();
+                let place = if pairs { (at / 2 * PANEL + output) * 2 + at % 2 } else { at * PANEL + output };
+                panel[place] = value;
+            }
+        }
+    }
+}
+
+/// Fills one panel from a matrix that is stored `[k, outputs]`: `row(k)` gives the panel's outputs for one k, fewer than
+/// [`PANEL`] for the last panel.
+pub fn pack_panel_transposed<'a, W: Float>(k: usize, row: impl Fn(usize) -> &'a [W], panel: &mut [W]) {
+    assert_eq!(panel.len(), panel_len(W::DTYPE, k));
+    let pairs = W::DTYPE == Dtype::BF16;
+    panel.fill(W::default());
+    for at in 0..k {
+        for (output, value) in row(at).iter().enumerate() {
+            panel[if pairs { (at / 2 * PANEL + output) * 2 + at % 2 } else { at * PANEL + output }] = *value;
+        }
+    }
+}
+
+/// Rows of activations, by their number in the block.
+pub trait Rows<T>: Sync {
+    /// The whole row.
+    fn row(&self, index: usize) -> &[T];
+}
+
+/// Packs rows of the caller's array as the steps of k come up.
+pub struct PackedRows<'a, P: Product, T, R> {
+    /// The rows.
+    pub rows: R,
+    /// Tokens of the block.
+    pub tokens: usize,
+    /// Room for the padded rows of the block times the words of a block of k.
+    pub words: &'a mut [P::A],
+    /// Element type of the rows.
+    pub element: std::marker::PhantomData<T>,
+}
+
+impl<S: Simd, P: Product, T: Float, R: Rows<T>> Activations<S, P> for PackedRows<'_, P, T, R> {
+    #[inline(always)]
+    fn prepare(&mut self, simd: S, steps: Range<usize>) {
+        let words = steps.start * P::A_WORDS..steps.end * P::A_WORDS;
+        for tile in tiles(S::TILE_TOKENS, self.tokens) {
+            let out = &mut self.words[tile.row * words.len()..][..tile.rows * words.len()];
+            pack_tile::<S, P, T>(simd, |i| self.rows.row(tile.token + i), tile, words.clone(), out);
+        }
+    }
+    #[inline(always)]
+    fn tile(&self, tile: TileSpan, steps: Range<usize>) -> &[P::A] {
+        let words = steps.len() * P::A_WORDS;
+        &self.words[tile.row * words..][..tile.rows * words]
+    }
+}
+
+/// Words of one transposition.
+const CHUNK: usize = 16;
+
+/// `out[word][row]` from rows of the caller's array.
+#[inline(always)]
+fn pack_tile<'a, S: Simd, P: Product, T: Float>(
+    simd: S,
+    row: impl Fn(usize) -> &'a [T],
+    tile: TileSpan,
+    words: Range<usize>,
+    out: &mut [P::A],
+) {
+    let zero: P::A = bytemuck::Zeroable::zeroed();
+    let mut chunk = [[zero; CHUNK]; MAX_TILE];
+    for start in (0..words.len()).step_by(CHUNK) {
+        let n = CHUNK.min(words.len() - start);
+        let at = words.start + start;
+        for (i, chunk) in chunk.iter_mut().enumerate().take(tile.tokens) {
+            P::words(simd, row(i), at..at + n, &mut chunk[..n]);
+        }
+        transpose(&chunk, tile.rows, &mut out[start * tile.rows..][..n * tile.rows]);
+    }
+}
+
+/// `out[word][row] = chunk[row][word]` for the first `rows` rows and `out.len() / rows` words.
+#[inline(always)]
+pub fn transpose<A: Copy>(chunk: &[[A; CHUNK]; MAX_TILE], rows: usize, out: &mut [A]) {
+    for (word, out) in out.chunks_exact_mut(rows).enumerate().take(CHUNK) {
+        for (out, row) in out.iter_mut().zip(chunk) {
+            *out = row[word];
+        }
+    }
+}

@@ -1,0 +1,421 @@
+//! `linear`: a packed weight matrix times rows, and the same for one matrix per head.
+
+use super::float::Float;
+use super::gemm::pack::{PackedRows, Rows, pack_panel, pack_panel_transposed, packed_len, panel_len};
+use super::gemm::product::{Product, ProductKernel, with_product};
+use super::gemm::{
+    Blocking, Epilogue, PANEL, TileSpan, block_tokens, multiply, num_panels, padded_rows, panels_per_item,
+};
+use super::level::dispatch;
+use super::parallel::{self, Shared};
+use super::simd::{Kernel, Simd};
+use super::workspace::{AlignedBytes, Carver, part_bytes};
+use super::{Cpu, Level};
+use crate::element::Dtype;
+use crate::error::{Error, Result, check_len};
+use crate::view::{View, ViewMut};
+use std::marker::PhantomData;
+
+/// Weights of a linear layer, or of one per head, rearranged once for all levels: `[heads, outputs, inputs]`.
+///
+/// Packing reads `[outputs, inputs]` as checkpoints store it and keeps the element type. The caller owns the result; it may
+/// be used by any level and from several threads.
+pub struct PackedLinear {
+    heads: usize,
+    outputs: usize,
+    inputs: usize,
+    dtype: Dtype,
+    bytes: AlignedBytes,
+}
+
+impl PackedLinear {
+    /// Bytes that packing `[outputs, inputs]` of a type takes: outputs are rounded up to 32, inputs of bf16 to 2.
+    pub const fn packed_bytes(outputs: usize, inputs: usize, dtype: Dtype) -> usize {
+        packed_len(dtype, outputs, inputs).saturating_mul(dtype.size_bytes())
+    }
+
+    /// Packs `weight`: `[outputs, inputs]`, in parallel.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Stride`], [`Error::Len`] if the view is not sound.
+    pub fn pack<W: Float>(weight: View<'_, W, 2>) -> Result<PackedLinear> {
+        let ([outputs, inputs], [row, col]) = (weight.shape(), weight.strides());
+        weight.check("weight", [outputs, inputs])?;
+        PackedLinear::pack_heads(View::with_strides(weight.data(), [1, outputs, inputs], [0, row, col]))
+    }
+
+    /// Packs one matrix for each head: `[heads, outputs, inputs]`.
+    ///
+    /// # Errors
+    /// As [`PackedLinear::pack`].
+    pub fn pack_heads<W: Float>(weight: View<'_, W, 3>) -> Result<PackedLinear> {
+        let [heads, outputs, inputs] = weight.shape();
+        weight.check("weight", [heads, outputs, inputs])?;
+        Ok(PackedLinear::fill::<W>(heads, outputs, inputs, |head, first, panel| {
+            let row = |output: usize| (first + output < outputs).then(|| weight.row(&[head, first + output]));
+            pack_panel(inputs, row, panel);
+        }))
+    }
+
+    /// Packs one transposed matrix for each head: `weight` is `[heads, inputs, outputs]`, as for the absorbed form of latent
+    /// attention, which multiplies queries with a key projection from the other side.
+    ///
+    /// # Errors
+    /// As [`PackedLinear::pack`].
+    pub fn pack_heads_transposed<W: Float>(weight: View<'_, W, 3>) -> Result<PackedLinear> {
+        let [heads, inputs, outputs] = weight.shape();
+        weight.check("weight", [heads, inputs, outputs])?;
+        Ok(PackedLinear::fill::<W>(heads, outputs, inputs, |head, first, panel| {
+            let end = (first + PANEL).min(outputs);
+            pack_panel_transposed(inputs, |k| &weight.row(&[head, k])[first..end], panel);
+        }))
+    }
+
+    /// Fills all panels in parallel: `fill(head, first output, panel)`.
+    fn fill<W: Float>(
+        heads: usize,
+        outputs: usize,
+        inputs: usize,
+        fill: impl Fn(usize, usize, &mut [W]) + Sync,
+    ) -> PackedLinear {
+        let bytes = PackedLinear::packed_bytes(outputs, inputs, W::DTYPE).saturating_mul(heads);
+        let mut bytes = AlignedBytes::zeroed(bytes);
+        let (panels, len) = (num_panels(outputs), panel_len(W::DTYPE, inputs));
+        let all = Shared::new(bytemuck::cast_slice_mut::<u8, W>(bytes.as_mut_slice()));
+        parallel::run(heads * panels, |_, item| {
+            // SAFETY: each item has its own panel.
+            let panel = unsafe { all.part(item * len, len) };
+            fill(item / panels, item % panels * PANEL, panel);
+        });
+        PackedLinear { heads, outputs, inputs, dtype: W::DTYPE, bytes }
+    }
+
+    /// Matrices; 1 for a plain layer.
+    pub fn num_heads(&self) -> usize {
+        self.heads
+    }
+
+    /// Width of the result.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Width of the input.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Element type of the weights.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Memory that it holds.
+    pub fn bytes(&self) -> usize {
+        self.bytes.as_slice().len()
+    }
+
+    /// The panels of one head.
+    fn panels<W: Float>(&self, head: usize) -> &[W] {
+        let len = packed_len(self.dtype, self.outputs, self.inputs);
+        &bytemuck::cast_slice::<u8, W>(self.bytes.as_slice())[head * len..][..len]
+    }
+}
+
+impl std::fmt::Debug for PackedLinear {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let shape = [self.heads, self.outputs, self.inputs];
+        f.debug_struct("PackedLinear").field("shape", &shape).field("dtype", &self.dtype).finish()
+    }
+}
+
+/// `out[t, o] = sum_i x[t, i] * weight[o, i] + bias[o]`
+///
+/// * `x`: `[num_tokens, inputs]`
+/// * `weight`: packed from `[outputs, inputs]`
+/// * `bias`: `[outputs]`
+/// * `out`: `[num_tokens, outputs]`
+///
+/// Any mix of element types. Sums are f32 in the order of `i`, rounded once at the store, the same bits for a token whatever
+/// else is in the call. Activations and weights that are both bf16 are multiplied by `vdpbf16ps` at level `avx512bf16`:
+/// exact products, but subnormal numbers count as zero; everywhere else both are widened to f32. No token is a legal call.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Stride`], [`Error::Len`] for an argument that does not fit the weight. Nothing is written then.
+pub fn linear<T: Float, O: Float>(
+    cpu: &mut Cpu,
+    x: View<'_, T, 2>,
+    weight: &PackedLinear,
+    bias: Option<&[f32]>,
+    out: ViewMut<'_, O, 2>,
+) -> Result<()> {
+    let num_tokens = x.shape()[0];
+    if weight.heads != 1 {
+        return Err(Error::value("weight", "one matrix, not one per head", format!("{} heads", weight.heads)));
+    }
+    x.check("x", [num_tokens, weight.inputs])?;
+    out.check("out", [num_tokens, weight.outputs])?;
+    if let Some(bias) = bias {
+        check_len("bias", bias.len(), weight.outputs)?;
+    }
+    let mut carver = cpu.workspace.carve(linear_bytes::<T>(cpu.level, weight, num_tokens));
+    linear_in(cpu.level, &mut carver, x, weight, bias, out);
+    Ok(())
+}
+
+/// One matrix for each head: `out[t, h, o] = sum_i x[t, h, i] * weight[h, o, i]`.
+///
+/// * `x`: `[num_tokens, heads, inputs]`
+/// * `weight`: packed from `[heads, outputs, inputs]`, or transposed
+/// * `out`: `[num_tokens, heads, outputs]`
+///
+/// Numerics as [`linear`].
+///
+/// # Errors
+/// As [`linear`].
+pub fn linear_heads<T: Float, O: Float>(
+    cpu: &mut Cpu,
+    x: View<'_, T, 3>,
+    weight: &PackedLinear,
+    out: ViewMut<'_, O, 3>,
+) -> Result<()> {
+    let num_tokens = x.shape()[0];
+    x.check("x", [num_tokens, weight.heads, weight.inputs])?;
+    out.check("out", [num_tokens, weight.heads, weight.outputs])?;
+    let mut carver = cpu.workspace.carve(linear_bytes::<T>(cpu.level, weight, num_tokens));
+    run(cpu.level, &mut carver, x, weight, None, out);
+    Ok(())
+}
+
+/// Workspace of [`linear`] and [`linear_heads`] for activations `T`, in the rayon pool of the caller.
+pub fn linear_workspace_bytes<T: Float>(cpu: &Cpu, weight: &PackedLinear, num_tokens: usize) -> usize {
+    linear_bytes::<T>(cpu.level, weight, num_tokens)
+}
+
+/// [`linear_workspace_bytes`] for functions that contain a linear layer.
+pub(crate) fn linear_bytes<T: Float>(level: Level, weight: &PackedLinear, num_tokens: usize) -> usize {
+    dispatch(level, Size::<T> { weight, num_tokens, element: PhantomData })
+}
+
+/// [`linear`] without its checks, in memory that is already there.
+pub(crate) fn linear_in<T: Float, O: Float>(
+    level: Level,
+    carver: &mut Carver<'_>,
+    x: View<'_, T, 2>,
+    weight: &PackedLinear,
+    bias: Option<&[f32]>,
+    out: ViewMut<'_, O, 2>,
+) {
+    let ([tokens, inputs], [row, col]) = (x.shape(), x.strides());
+    let x = View::with_strides(x.data(), [tokens, 1, inputs], [row, 0, col]);
+    let ([_, outputs], [row, col]) = (out.shape(), out.strides());
+    let mut out = out;
+    let out = ViewMut::with_strides(out.data_mut(), [tokens, 1, outputs], [row, 0, col]);
+    run(level, carver, x, weight, bias, out);
+}
+
+fn run<T: Float, O: Float>(
+    level: Level,
+    carver: &mut Carver<'_>,
+    x: View<'_, T, 3>,
+    weight: &PackedLinear,
+    bias: Option<&[f32]>,
+    mut out: ViewMut<'_, O, 3>,
+) {
+    let strides = out.strides();
+    dispatch(level, Linear { carver, x, weight, bias, out: Shared::new(out.data_mut()), strides });
+}
+
+/// How a call is cut into items.
+struct Plan {
+    block: usize,
+    blocks: usize,
+    panels: usize,
+    item_panels: usize,
+    groups: usize,
+    items: usize,
+    workers: usize,
+    steps: usize,
+    blocking: Blocking,
+    words_len: usize,
+    sums_len: usize,
+}
+
+impl Plan {
+    fn new<S: Simd, P: Product>(weight: &PackedLinear, num_tokens: usize) -> Plan {
+        let block = block_tokens(S::TILE_TOKENS);
+        let blocks = num_tokens.div_ceil(block);
+        let (steps, panels) = (P::steps(weight.inputs), num_panels(weight.outputs));
+        let blocking = Blocking::new::<P>(S::TILE_TOKENS, num_tokens, steps);
+        let item_panels = panels_per_item(panels, blocking.panels, blocks * weight.heads, parallel::max_workers());
+        let groups = panels.div_ceil(item_panels);
+        let items = weight.heads * groups * blocks;
+        let rows = padded_rows(S::TILE_TOKENS, num_tokens.min(block)); // a last block has no more
+        Plan {
+            block,
+            blocks,
+            panels,
+            item_panels,
+            groups,
+            items,
+            workers: parallel::workers_for(items),
+            steps,
+            blocking,
+            words_len: (rows * blocking.steps.min(steps) * P::A_WORDS).next_multiple_of(16),
+            sums_len: blocking.sums_len(S::TILE_TOKENS, num_tokens, item_panels, steps).next_multiple_of(16),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        part_bytes::<u32>(self.workers * self.words_len) + part_bytes::<f32>(self.workers * self.sums_len)
+    }
+}
+
+struct Size<'a, T> {
+    weight: &'a PackedLinear,
+    num_tokens: usize,
+    element: PhantomData<T>,
+}
+
+impl<T: Float> Kernel for Size<'_, T> {
+    type Output = usize;
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) -> usize {
+        with_product::<S, T, _>(simd, self.weight.dtype, self)
+    }
+}
+
+impl<S: Simd, T: Float> ProductKernel<S> for Size<'_, T> {
+    type Output = usize;
+    #[inline(always)]
+    fn eval<P: Product>(self, _: S) -> usize {
+        Plan::new::<S, P>(self.weight, self.num_tokens).bytes()
+    }
+}
+
+struct Linear<'a, 'c, T, O> {
+    carver: &'a mut Carver<'c>,
+    x: View<'a, T, 3>,
+    weight: &'a PackedLinear,
+    bias: Option<&'a [f32]>,
+    out: Shared<'a, O>,
+    strides: [usize; 3],
+}
+
+impl<T: Float, O: Float> Kernel for Linear<'_, '_, T, O> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        with_product::<S, T, _>(simd, self.weight.dtype, self);
+    }
+}
+
+impl<S: Simd, T: Float, O: Float> ProductKernel<S> for Linear<'_, '_, T, O> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<P: Product>(self, simd: S) {
+        let plan = Plan::new::<S, P>(self.weight, self.x.shape()[0]);
+        let words = Shared::new(self.carver.part::<P::A>(plan.workers * plan.words_len));
+        let sums = Shared::new(self.carver.part::<f32>(plan.workers * plan.sums_len));
+        let call = Call { x: self.x, weight: self.weight, bias: self.bias, out: self.out, strides: self.strides };
+        parallel::run(plan.items, |worker, item| {
+            // SAFETY: no two items with the same worker run at the same time.
+            let (words, sums) = unsafe {
+                (words.part(worker * plan.words_len, plan.words_len), sums.part(worker * plan.sums_len, plan.sums_len))
+            };
+            simd.run(Item::<P, T, O> { plan: &plan, call: &call, item, words, sums });
+        });
+    }
+}
+
+/// What all items share.
+struct Call<'a, T, O> {
+    x: View<'a, T, 3>,
+    weight: &'a PackedLinear,
+    bias: Option<&'a [f32]>,
+    out: Shared<'a, O>,
+    strides: [usize; 3],
+}
+
+/// One block of tokens against some panels of one head.
+struct Item<'a, P: Product, T, O> {
+    plan: &'a Plan,
+    call: &'a Call<'a, T, O>,
+    item: usize,
+    words: &'a mut [P::A],
+    sums: &'a mut [f32],
+}
+
+impl<P: Product, T: Float, O: Float> Kernel for Item<'_, P, T, O> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let (plan, call) = (self.plan, self.call);
+        // Blocks are next to each other, so that workers share the panels in the last level cache.
+        let block = self.item % plan.blocks;
+        let group = self.item / plan.blocks % plan.groups;
+        let head = self.item / plan.blocks / plan.groups;
+        let first = block * plan.block;
+        let tokens = plan.block.min(call.x.shape()[0] - first);
+        let panels = group * plan.item_panels..((group + 1) * plan.item_panels).min(plan.panels);
+        let rows = HeadRows { x: call.x, first, head };
+        let mut activations = PackedRows { rows, tokens, words: self.words, element: PhantomData };
+        let mut store = Store { call, first, head };
+        let weights = call.weight.panels::<P::W>(head);
+        multiply::<S, P>(
+            simd,
+            tokens,
+            plan.steps,
+            panels,
+            weights,
+            plan.blocking,
+            &mut activations,
+            self.sums,
+            &mut store,
+        );
+    }
+}
+
+/// Rows of one head from a first token.
+struct HeadRows<'a, T> {
+    x: View<'a, T, 3>,
+    first: usize,
+    head: usize,
+}
+
+impl<T: Float> Rows<T> for HeadRows<'_, T> {
+    #[inline(always)]
+    fn row(&self, index: usize) -> &[T] {
+        self.x.row(&[self.first + index, self.head])
+    }
+}
+
+/// Bias and rounding.
+struct Store<'a, T, O> {
+    call: &'a Call<'a, T, O>,
+    first: usize,
+    head: usize,
+}
+
+impl<S: Simd, T: Float, O: Float> Epilogue<S> for Store<'_, T, O> {
+    #[inline(always)]
+    fn tile(&mut self, simd: S, panel: usize, tile: TileSpan, c: &[f32]) {
+        let call = self.call;
+        let output = panel * PANEL;
+        let width = PANEL.min(call.weight.outputs - output);
+        let [token_stride, head_stride, _] = call.strides;
+        for (i, sums) in c.chunks_exact(PANEL).take(tile.tokens).enumerate() {
+            let at = (self.first + tile.token + i) * token_stride + self.head * head_stride + output;
+            // SAFETY: `out` was checked: no two (token, head, output) are the same place, and items do not share them.
+            let out = unsafe { call.out.part(at, width) };
+            for start in (0..width).step_by(S::LANES) {
+                let mut sum = simd.load(&sums[start..]);
+                if let Some(bias) = call.bias {
+                    let end = (output + start + S::LANES).min(bias.len());
+                    sum = simd.add(sum, simd.load_partial(&bias[output + start..end]));
+                }
+                O::store_partial(simd, &mut out[start..], sum);
+            }
+        }
+    }
+}
