@@ -2,7 +2,8 @@
 
 mod common;
 
-use common::{Guarded, bits, check_rows, naive_sum, random, starts_for, with_threads};
+use common::sums::{assert_sums, bits, naive_sum, starts_for, with_threads};
+use common::{Array, Layout, Output, Rng};
 use gatefold::cpu::{self, Cpu, Float, Level, PackedLinear};
 use gatefold::{Dtype, Error, View, ViewMut};
 use half::{bf16, f16};
@@ -14,8 +15,7 @@ struct Case {
     heads: usize,
     outputs: usize,
     inputs: usize,
-    /// Elements between rows of x, of the weight, of the output.
-    gaps: [usize; 3],
+    layouts: [Layout; 3],
     bias: bool,
     transposed: bool,
     threads: usize,
@@ -27,18 +27,13 @@ fn cases() -> impl Strategy<Value = Case> {
     let tokens = prop_oneof![0usize..14, 22usize..27, 94usize..99, Just(150), Just(193)];
     let outputs = prop_oneof![0usize..4, 15usize..18, 30usize..35, 63usize..67, Just(130)];
     let inputs = prop_oneof![0usize..4, 30usize..35, 255usize..260, Just(700)];
-    (tokens, outputs, inputs, 1usize..4, prop::array::uniform3(0usize..5), any::<[bool; 2]>(), 1usize..4, any::<u64>())
-        .prop_map(|(tokens, outputs, inputs, heads, gaps, [bias, transposed], threads, seed)| Case {
-            tokens,
-            heads: if tokens > 30 { 1 } else { heads },
-            outputs,
-            inputs,
-            gaps,
-            bias,
-            transposed,
-            threads,
-            seed,
-        })
+    let layouts = prop::array::uniform3(common::strategies::layout());
+    (tokens, outputs, inputs, 1usize..4, layouts, any::<[bool; 2]>(), 1usize..4, any::<u64>()).prop_map(
+        |(tokens, outputs, inputs, heads, layouts, [bias, transposed], threads, seed)| {
+            let heads = if tokens > 30 { 1 } else { heads };
+            Case { tokens, heads, outputs, inputs, layouts, bias, transposed, threads, seed }
+        },
+    )
 }
 
 /// `[heads][outputs][inputs]` of a weight stored either way.
@@ -47,16 +42,16 @@ fn weight_at<W: Float>(case: &Case, weight: &View<'_, W, 3>, head: usize, output
 }
 
 fn run<T: Float, W: Float, O: Float>(case: Case) {
-    let Case { tokens, heads, outputs, inputs, gaps, .. } = case;
-    let x_row = inputs + gaps[0];
-    let x_data: Vec<T> = random(case.seed, tokens * heads * x_row + 1, 1.0);
-    let x = View::with_strides(&x_data[1..], [tokens, heads, inputs], [heads * x_row, x_row, 1]);
-    let rows = if case.transposed { [heads, inputs, outputs] } else { [heads, outputs, inputs] };
-    let w_row = rows[2] + gaps[1];
-    let w_data: Vec<W> = random(case.seed ^ 1, rows[0] * rows[1] * w_row, 1.0);
-    let weight = View::with_strides(&w_data, rows, [rows[1] * w_row, w_row, 1]);
+    let Case { tokens, heads, outputs, inputs, layouts, .. } = case;
+    let mut rng = Rng::new(case.seed);
+    let shape = [tokens, heads, inputs];
+    let x = Array::new(shape, layouts[0], &rng.normals::<T>(tokens * heads * inputs, 1.0));
+    let x = x.view();
+    let shape = if case.transposed { [heads, inputs, outputs] } else { [heads, outputs, inputs] };
+    let weight = Array::new(shape, layouts[1], &rng.normals::<W>(heads * outputs * inputs, 1.0));
+    let weight = weight.view();
     let one_head = heads == 1;
-    let bias: Option<Vec<f32>> = (case.bias && one_head).then(|| random(case.seed ^ 2, outputs, 1.0));
+    let bias: Option<Vec<f32>> = (case.bias && one_head).then(|| rng.normals(outputs, 1.0));
 
     let (mut truth, mut naive, mut terms) = (Vec::new(), Vec::new(), Vec::new());
     let starts = starts_for(tokens * heads * outputs);
@@ -72,7 +67,7 @@ fn run<T: Float, W: Float, O: Float>(case: Case) {
                 }
                 let bias = bias.as_ref().map_or(0.0, |b| b[o]);
                 truth.push(exact + f64::from(bias));
-                naive.push(O::from_f32(naive_sum(&terms, bias, exact + f64::from(bias), starts)).to_f64());
+                naive.push(O::from_f32(naive_sum(&terms, bias, exact + f64::from(bias), starts)));
             }
         }
     }
@@ -86,12 +81,9 @@ fn run<T: Float, W: Float, O: Float>(case: Case) {
         let what = format!("{case:?} {level} {:?} x {:?} -> {:?}", T::DTYPE, W::DTYPE, O::DTYPE);
         let call = |first: usize, count: usize, threads: usize| {
             let mut cpu = Cpu::with_level(level);
-            let mut out = Guarded::<O, 3>::new([count, heads, outputs], [gaps[0], gaps[2], 0]);
-            let x = View::with_strides(
-                &x.data()[(first * x.strides()[0]).min(x.data().len())..],
-                [count, heads, inputs],
-                x.strides(),
-            );
+            let mut out = Output::<O, 3>::new([count, heads, outputs], layouts[2]);
+            let from = &x.data()[(first * x.strides()[0]).min(x.data().len())..];
+            let x = View::with_strides(from, [count, heads, inputs], x.strides());
             with_threads(threads, || {
                 cpu.reserve(cpu::linear_workspace_bytes::<T>(&cpu, &packed, count));
                 let reserved = cpu.workspace_bytes();
@@ -106,18 +98,18 @@ fn run<T: Float, W: Float, O: Float>(case: Case) {
                 }
                 assert_eq!(cpu.workspace_bytes(), reserved, "{what}: the workspace grew");
             });
-            out
+            out.finish("out")
         };
         let all = call(0, tokens, case.threads);
-        check_rows(&what, O::DTYPE, outputs, &all.to_f64(), &naive, &truth);
+        assert_sums(&what, &all, &truth, &naive, outputs);
         // The same bits with other threads, and for a part of the tokens.
-        let all = bits(&all.values());
-        assert!(all == bits(&call(0, tokens, 4 - case.threads).values()), "{what}: another number of threads");
+        let all = bits(&all);
+        assert!(all == bits(&call(0, tokens, 4 - case.threads)), "{what}: another number of threads");
         if tokens > 0 {
             let first = case.seed as usize % tokens;
             let count = 1 + (case.seed >> 20) as usize % (tokens - first);
             let row = heads * outputs;
-            let part = bits(&call(first, count, case.threads).values());
+            let part = bits(&call(first, count, case.threads));
             assert!(all[first * row..(first + count) * row] == part, "{what}: tokens {first}..+{count} alone");
         }
     }
@@ -150,7 +142,7 @@ proptest! {
 #[test]
 fn a_permutation_is_exact() {
     let (tokens, width) = (37, 70);
-    let x: Vec<f32> = random(3, tokens * width, 5.0);
+    let x: Vec<f32> = Rng::new(3).normals(tokens * width, 5.0);
     let mut weight = vec![0f32; width * width];
     for o in 0..width {
         weight[o * width + (o * 3) % width] = 1.0;
@@ -172,10 +164,10 @@ fn a_permutation_is_exact() {
 #[test]
 fn nan_stays_in_its_token() {
     let (tokens, width) = (15, 40);
-    let mut x: Vec<f32> = random(4, tokens * width, 1.0);
+    let mut x: Vec<f32> = Rng::new(4).normals(tokens * width, 1.0);
     x[7 * width + 3] = f32::NAN;
     x[9 * width + 3] = f32::INFINITY;
-    let weight: Vec<f32> = random(5, width * width, 1.0);
+    let weight: Vec<f32> = Rng::new(5).normals(width * width, 1.0);
     let packed = PackedLinear::pack(View::new(&weight, [width, width])).unwrap();
     for level in Level::available() {
         let mut out = vec![0f32; tokens * width];

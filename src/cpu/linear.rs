@@ -11,8 +11,9 @@ use super::parallel::{self, Shared};
 use super::simd::{Kernel, Simd};
 use super::workspace::{AlignedBytes, Carver, part_bytes};
 use super::{Cpu, Level};
+use crate::args::check_linear;
 use crate::element::Dtype;
-use crate::error::{Error, Result, check_len};
+use crate::error::{Error, Result};
 use crate::view::{View, ViewMut};
 use std::marker::PhantomData;
 
@@ -149,15 +150,10 @@ pub fn linear<T: Float, O: Float>(
     bias: Option<&[f32]>,
     out: ViewMut<'_, O, 2>,
 ) -> Result<()> {
-    let num_tokens = x.shape()[0];
     if weight.heads != 1 {
         return Err(Error::value("weight", "one matrix, not one per head", format!("{} heads", weight.heads)));
     }
-    x.check("x", [num_tokens, weight.inputs])?;
-    out.check("out", [num_tokens, weight.outputs])?;
-    if let Some(bias) = bias {
-        check_len("bias", bias.len(), weight.outputs)?;
-    }
+    let num_tokens = check_linear(&x, [weight.outputs, weight.inputs], bias, &out)?;
     let mut carver = cpu.workspace.carve(linear_bytes::<T>(cpu.level, weight, num_tokens));
     linear_in(cpu.level, &mut carver, x, weight, bias, out);
     Ok(())

@@ -30,6 +30,7 @@ pub mod moe_case;
 pub mod naive;
 pub mod pairs;
 pub mod strategies;
+pub mod sums;
 pub mod tolerance;
 
 pub use attention_case::{AttentionCase, AttentionOptions, AttentionResult};
