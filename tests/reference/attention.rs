@@ -10,12 +10,12 @@ use gatefold::{View, ViewMut, reference};
 const INF: f64 = f64::INFINITY;
 
 /// One sequence, one head; `out` and `lse`.
-fn single(
+fn single<'a>(
     spec: &Attention,
-    q: &[f64],
-    k: &[f64],
-    v: &[f64],
-    edit: impl FnOnce(&mut AttentionInput<'_, f64, f64>),
+    q: &'a [f64],
+    k: &'a [f64],
+    v: &'a [f64],
+    edit: impl FnOnce(&mut AttentionInput<'a, f64, f64>),
 ) -> (Vec<f64>, Vec<f64>) {
     let (n, m) = (q.len() / spec.head_dim, k.len() / spec.head_dim);
     let kv = Kv::ragged(View::new(k, [m, 1, spec.head_dim]), View::new(v, [m, 1, spec.value_dim]), None);
@@ -26,11 +26,6 @@ fn single(
         AttentionOutput::with_lse(ViewMut::new(&mut out, [n, 1, spec.value_dim]), ViewMut::new(&mut lse, [n, 1]));
     reference::attention(spec, &input, output).unwrap();
     (out, lse)
-}
-
-/// What a closure of [`single`] puts into the input has to outlive it.
-fn leak<T>(data: Vec<T>) -> &'static [T] {
-    Box::leak(data.into_boxed_slice())
 }
 
 #[test]
@@ -76,7 +71,10 @@ fn infinite_scores_follow_the_limit() {
 fn sinks_take_probability_and_have_no_value() {
     let spec = with!(Attention::new(1, 1, 1), sinks: true);
     let v = [3.0, 5.0, 7.0];
-    let run = |sink: f64| single(&spec, &[0.0], &[1.0; 3], &v, |i| i.sinks = Some(leak(vec![sink])));
+    let run = |sink: f64| {
+        let sinks = [sink];
+        single(&spec, &[0.0], &[1.0; 3], &v, |i| i.sinks = Some(&sinks))
+    };
     let (out, lse) = run(3f64.ln());
     assert_close("out", &out, &[2.5], 1e-15); // half of the mean
     assert_close("lse", &lse, &[6f64.ln()], 1e-15);
@@ -86,9 +84,9 @@ fn sinks_take_probability_and_have_no_value() {
     assert_eq!(run(INF), (vec![0.0], vec![INF]));
     assert!(run(f64::NAN).0[0].is_nan());
     // No key at all: the sink is the only term.
-    let none = single(&spec, &[1.0], &[], &[], |i| i.sinks = Some(leak(vec![0.75])));
+    let none = single(&spec, &[1.0], &[], &[], |i| i.sinks = Some(&[0.75]));
     assert_eq!(none, (vec![0.0], vec![0.75]));
-    let none = single(&spec, &[1.0], &[], &[], |i| i.sinks = Some(leak(vec![-INF])));
+    let none = single(&spec, &[1.0], &[], &[], |i| i.sinks = Some(&[-INF]));
     assert_eq!(none, (vec![0.0], vec![-INF]));
 }
 
@@ -108,7 +106,7 @@ fn softcap_bounds_the_scores() {
 #[test]
 fn biases_come_after_the_softcap_and_minus_infinity_hides() {
     let spec = with!(Attention::new(1, 1, 1), softcap: Some(1.0), softmax_scale: 1.0);
-    let bias = leak(vec![5.0, -INF, 5.0]);
+    let bias = &[5.0, -INF, 5.0];
     let edit = |i: &mut AttentionInput<'_, f64, f64>| i.bias = Some(View::new(bias, [1, 1, 1, 3]));
     let (out, lse) = single(&spec, &[0.0], &[1.0, f64::NAN, 1.0], &[2.0, f64::NAN, 4.0], edit);
     assert_close("out", &out, &[3.0], 1e-15);
@@ -118,16 +116,16 @@ fn biases_come_after_the_softcap_and_minus_infinity_hides() {
 #[test]
 fn alibi_is_geometric_in_the_distance() {
     let spec = with!(Attention::causal(1, 1, 1), alibi: true);
-    let slope = 2f64.ln(); // each step back halves the weight
+    let slopes = [2f64.ln()]; // each step back halves the weight
     let (out, _) = single(&spec, &[0.0; 4], &[0.0; 4], &[1.0, 2.0, 4.0, 8.0], |i| {
-        i.alibi_slopes = Some(leak(vec![slope]));
+        i.alibi_slopes = Some(&slopes);
     });
     let want = [1.0, (0.5 + 2.0) / 1.5, (0.25 + 1.0 + 4.0) / 1.75, (0.125 + 0.5 + 2.0 + 8.0) / 1.875];
     assert_close("out", &out, &want, 1e-14);
     // Positions 0, 1, 2, 3: another constant per row, the same weights.
     let (shifted, _) = single(&spec, &[0.0; 4], &[0.0; 4], &[1.0, 2.0, 4.0, 8.0], |i| {
-        i.alibi_slopes = Some(leak(vec![slope]));
-        i.alibi_positions = Some(View::new(leak(vec![0.0, 1.0, 2.0, 3.0]), [1, 4]));
+        i.alibi_slopes = Some(&slopes);
+        i.alibi_positions = Some(View::new(&[0.0, 1.0, 2.0, 3.0], [1, 4]));
     });
     assert_close("shifted", &shifted, &want, 1e-14);
 }

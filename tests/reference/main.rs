@@ -4,5 +4,7 @@
 mod common;
 
 mod attention;
+mod experts;
 mod glue;
 mod linear_attention;
+mod route;
