@@ -9,8 +9,9 @@ use gatefold::spec::Norm;
 use gatefold::{Element, View, ViewMut, reference};
 use half::{bf16, f16};
 
-mod skip;
-use skip::skipped;
+mod common;
+use common::skip::skipped;
+use common::{assert_rows, naive};
 
 /// The first GPU, or `None` after saying so.
 fn device() -> Option<Device> {
@@ -102,44 +103,6 @@ fn bits<T: Element>(data: &[T]) -> &[u8] {
     bytemuck::cast_slice(data)
 }
 
-// --- tolerance --------------------------------------------------------------------------------------------------------
-
-/// Distance from `x` to the next number of the type.
-fn ulp<T: Element>(x: f64) -> f64 {
-    let (fraction, min_exponent) = match size_of::<T>() {
-        4 => (23, -126),
-        _ if T::from_f64(1e10).to_f64().is_infinite() => (10, -14),
-        _ => (7, -126),
-    };
-    let exponent = if x == 0.0 { min_exponent } else { (x.abs().log2().floor() as i32).max(min_exponent) };
-    2f64.powi(exponent - fraction)
-}
-
-/// Row by row: the largest error is at most twice that of the naive method in f32, plus one ulp of the row's largest
-/// number. Where the truth is NaN or infinite, so is the result.
-fn check_rows<T: Element>(what: &str, width: usize, found: &[T], truth: &[f64], naive: &[T]) {
-    assert_eq!(found.len(), truth.len());
-    for (row, ((found, truth), naive)) in
-        found.chunks_exact(width).zip(truth.chunks_exact(width)).zip(naive.chunks_exact(width)).enumerate()
-    {
-        let finite = |values: &[T]| -> Vec<f64> {
-            let pairs = values.iter().map(|x| x.to_f64()).zip(truth);
-            pairs.filter(|(_, t)| t.is_finite()).map(|(x, t)| (x - t).abs()).collect()
-        };
-        let largest = truth.iter().filter(|t| t.is_finite()).fold(0.0, |a: f64, t| a.max(t.abs()));
-        let naive_error = finite(naive).into_iter().fold(0.0, f64::max);
-        let allowed = 2.0 * naive_error + ulp::<T>(largest);
-        for (i, (found, truth)) in found.iter().map(|x| x.to_f64()).zip(truth).enumerate() {
-            let fits = match truth {
-                t if t.is_nan() => found.is_nan(),
-                t if t.is_infinite() => found == *t,
-                t => (found - t).abs() <= allowed,
-            };
-            assert!(fits, "{what}, row {row}, column {i}: {found:e}, not {truth:e} within {allowed:e}");
-        }
-    }
-}
-
 // --- rms_norm ---------------------------------------------------------------------------------------------------------
 
 /// One call of `rms_norm`.
@@ -199,27 +162,6 @@ fn run_norm<T: Element, W: Element>(
     (out.rows(), case.residual.map(|_| sum.rows()))
 }
 
-/// The textbook method in f32, rounded where the kernel stores.
-fn naive_norm<T: Element, W: Element>(case: &NormCase, x: &[T], weight: &[W], residual: &[T]) -> (Vec<T>, Vec<T>) {
-    let width = case.layout.width;
-    let sum: Vec<T> = match case.residual {
-        Some(factor) => {
-            x.iter().zip(residual).map(|(x, r)| T::from_f32(r.to_f32() + factor as f32 * x.to_f32())).collect()
-        }
-        None => x.to_vec(),
-    };
-    let mut out = Vec::new();
-    for row in sum.chunks_exact(width) {
-        let squares = row.iter().fold(0.0_f32, |sum, x| sum + x.to_f32() * x.to_f32());
-        let root = (squares / width as f32 + case.norm.eps as f32).sqrt();
-        out.extend(row.iter().zip(weight).map(|(x, w)| {
-            let factor = if case.weight { w.to_f32() + case.norm.weight_offset as f32 } else { 1.0 };
-            T::from_f32(x.to_f32() / root * factor)
-        }));
-    }
-    (out, sum)
-}
-
 fn check_norm<T: Element, W: Element>(driver: &dyn Driver, case: &NormCase) {
     let Layout { num_rows, width, .. } = case.layout;
     let what = format!("{} with {} weights, {case:?}", T::DTYPE, W::DTYPE);
@@ -235,14 +177,19 @@ fn check_norm<T: Element, W: Element>(driver: &dyn Driver, case: &NormCase) {
         reference::add(residual, x, factor, ViewMut::new(&mut true_sum, shape)).unwrap();
     }
     let mut truth = vec![0.0; num_rows * width];
-    let weight_f64: Vec<f64> = weight.iter().map(|w| w.to_f64()).collect();
-    let given = case.weight.then_some(&weight_f64[..]);
-    reference::norm(&case.norm, View::new(&true_sum, shape), given, None, ViewMut::new(&mut truth, shape)).unwrap();
-    let (naive, naive_sum) = naive_norm(case, &x, &weight, &residual);
-    if let Some(sum) = &sum {
-        check_rows(&format!("residual_out, {what}"), width, sum, &true_sum, &naive_sum);
+    let weight: Vec<f32> = weight.iter().map(|w| w.to_f32()).collect();
+    let weight = case.weight.then_some(&weight[..]);
+    reference::norm(&case.norm, View::new(&true_sum, shape), weight, None, ViewMut::new(&mut truth, shape)).unwrap();
+
+    // The textbook method, rounded where the kernel stores.
+    let mut stored = x.clone();
+    if let Some(factor) = case.residual {
+        let add = |(x, r): (&T, &T)| T::from_f32(r.to_f32() + factor as f32 * x.to_f32());
+        stored = x.iter().zip(&residual).map(add).collect();
+        assert_rows(&format!("residual_out, {what}"), &sum.unwrap(), &true_sum, &stored, width);
     }
-    check_rows(&format!("out, {what}"), width, &out, &truth, &naive);
+    let naive: Vec<T> = naive::norm(&case.norm, &View::new(&stored, shape), weight, None);
+    assert_rows(&format!("out, {what}"), &out, &truth, &naive, width);
 }
 
 /// Layouts around what one thread, one vector and one round of the kernel cover.
@@ -349,7 +296,7 @@ fn check_silu<T: Element>(driver: &dyn Driver, layout: Layout, in_place: bool, g
     let naive = |(g, u): (&T, &T)| T::from_f32(g.to_f32() / (1.0 + (-g.to_f32()).exp()) * u.to_f32());
     let naive: Vec<T> = gate.iter().zip(up).map(naive).collect();
     let found = run_silu(driver, layout, in_place, gate, up);
-    check_rows(&format!("{} {layout:?}", T::DTYPE), layout.width, &found, &truth, &naive);
+    assert_rows(&format!("{} {layout:?}", T::DTYPE), &found, &truth, &naive, layout.width);
 }
 
 fn check_silus<T: Element>(driver: &dyn Driver) {

@@ -11,6 +11,7 @@ use gatefold::cuda::kernels::{self, Kernel};
 use gatefold::cuda::{Device, SiluMul, SiluMulArgs, SiluMulPlan, Stream};
 use gatefold::{Dtype, Error};
 
+#[path = "common/skip.rs"]
 mod skip;
 use skip::skipped;
 
