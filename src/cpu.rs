@@ -10,13 +10,20 @@ mod gemm;
 mod level;
 mod linear;
 mod math;
+mod norm;
 mod parallel;
+mod qkv;
+mod route;
+mod rows;
 mod simd;
 mod workspace;
 
 pub use float::Float;
 pub use level::Level;
 pub use linear::{PackedLinear, linear, linear_heads, linear_workspace_bytes};
+pub use norm::{add, norm, sigmoid_mul};
+pub use qkv::{kv_append, prepare_qkv, prepare_qkv_workspace_bytes, rope, rope_workspace_bytes};
+pub use route::{route, route_workspace_bytes};
 
 use crate::error::Result;
 use workspace::Workspace;

@@ -39,6 +39,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     type Mask: Copy;
     /// `LANES` pairs of bf16: the even element in the low half of each 32 bits.
     type Pairs: Copy;
+    /// `LANES / 2` values of `f64`.
+    type F64: Copy;
 
     /// Runs a kernel compiled for these instructions.
     fn run<K: Kernel>(self, kernel: K) -> K::Output;
@@ -146,6 +148,17 @@ pub trait Simd: Copy + Send + Sync + 'static {
         let acc = self.fma(self.odd(a), self.odd(b), acc);
         self.fma(self.even(a), self.even(b), acc)
     }
+
+    /// The first `LANES / 2` values. Panics if there are fewer.
+    fn load_f64(self, src: &[f64]) -> Self::F64;
+    /// `a < b ? a : b`: `b` if either is NaN.
+    fn min_f64(self, a: Self::F64, b: Self::F64) -> Self::F64;
+    /// `a > b ? a : b`: `b` if either is NaN.
+    fn max_f64(self, a: Self::F64, b: Self::F64) -> Self::F64;
+    /// Lane `i` gets lane `i + by`, for `by` of 1, 2 or 4 below `LANES / 2`; the last `by` lanes are unspecified.
+    fn shift_f64(self, x: Self::F64, by: usize) -> Self::F64;
+    /// Lane 0.
+    fn first_f64(self, x: Self::F64) -> f64;
 
     /// Asks for the cache line at an address, which need not be valid.
     fn prefetch<T>(self, at: *const T);
@@ -300,6 +313,18 @@ mod tests {
                         assert!(equal, "op {op} of {a:e}, {b:e}: {:e}, expected {want:e}", got[op][i]);
                     }
                 }
+            }
+            let ramp: Vec<f64> = (0..S::LANES).map(|i| i as f64 - 1.0).collect();
+            let x = simd.load_f64(&ramp);
+            assert_eq!(simd.first_f64(x), -1.0);
+            for by in [1, 2, 4].into_iter().filter(|by| *by < S::LANES / 2) {
+                let y = simd.shift_f64(x, by);
+                assert_eq!(simd.first_f64(y), by as f64 - 1.0);
+                if by > 1 {
+                    assert_eq!(simd.first_f64(simd.shift_f64(simd.shift_f64(x, by / 2), by / 2)), by as f64 - 1.0);
+                }
+                assert_eq!(simd.first_f64(simd.min_f64(x, y)), -1.0);
+                assert_eq!(simd.first_f64(simd.max_f64(x, y)), by as f64 - 1.0);
             }
             let ramp: Vec<f32> = (0..S::LANES).map(|i| i as f32).collect();
             let n = S::LANES as f32;

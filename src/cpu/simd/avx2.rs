@@ -48,6 +48,7 @@ impl Simd for Avx2 {
     type F32 = __m256;
     type Mask = __m256;
     type Pairs = __m256i;
+    type F64 = __m256d;
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -239,6 +240,39 @@ impl Simd for Avx2 {
     fn odd(self, pairs: __m256i) -> __m256 {
         // SAFETY: `self` exists, so the CPU has AVX2.
         unsafe { _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000u32 as i32))) }
+    }
+
+    #[inline(always)]
+    fn load_f64(self, src: &[f64]) -> __m256d {
+        let src = &src[..LANES / 2];
+        // SAFETY: `src` holds 4 values; `self` exists, so the CPU has AVX2.
+        unsafe { _mm256_loadu_pd(src.as_ptr()) }
+    }
+    #[inline(always)]
+    fn min_f64(self, a: __m256d, b: __m256d) -> __m256d {
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe { _mm256_min_pd(a, b) }
+    }
+    #[inline(always)]
+    fn max_f64(self, a: __m256d, b: __m256d) -> __m256d {
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe { _mm256_max_pd(a, b) }
+    }
+    #[inline(always)]
+    fn shift_f64(self, x: __m256d, by: usize) -> __m256d {
+        debug_assert!(by == 1 || by == 2);
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe {
+            match by {
+                1 => _mm256_permute4x64_pd::<0b00_11_10_01>(x),
+                _ => _mm256_permute4x64_pd::<0b01_00_11_10>(x),
+            }
+        }
+    }
+    #[inline(always)]
+    fn first_f64(self, x: __m256d) -> f64 {
+        // SAFETY: `self` exists, so the CPU has AVX2.
+        unsafe { _mm256_cvtsd_f64(x) }
     }
 
     #[inline(always)]

@@ -78,6 +78,7 @@ impl<const BF16: bool> Simd for WithZmm<BF16> {
     type F32 = __m512;
     type Mask = __mmask16;
     type Pairs = __m512i;
+    type F64 = __m512d;
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -286,6 +287,41 @@ impl<const BF16: bool> Simd for WithZmm<BF16> {
             let acc = self.fma(self.odd(a), self.odd(b), acc);
             self.fma(self.even(a), self.even(b), acc)
         }
+    }
+
+    #[inline(always)]
+    fn load_f64(self, src: &[f64]) -> __m512d {
+        let src = &src[..LANES / 2];
+        // SAFETY: `src` holds 8 values; `self` exists, so the CPU has AVX-512 F.
+        unsafe { _mm512_loadu_pd(src.as_ptr()) }
+    }
+    #[inline(always)]
+    fn min_f64(self, a: __m512d, b: __m512d) -> __m512d {
+        // SAFETY: `self` exists, so the CPU has AVX-512 F.
+        unsafe { _mm512_min_pd(a, b) }
+    }
+    #[inline(always)]
+    fn max_f64(self, a: __m512d, b: __m512d) -> __m512d {
+        // SAFETY: `self` exists, so the CPU has AVX-512 F.
+        unsafe { _mm512_max_pd(a, b) }
+    }
+    #[inline(always)]
+    fn shift_f64(self, x: __m512d, by: usize) -> __m512d {
+        debug_assert!(matches!(by, 1 | 2 | 4));
+        // SAFETY: `self` exists, so the CPU has AVX-512 F.
+        unsafe {
+            let bits = _mm512_castpd_si512(x);
+            _mm512_castsi512_pd(match by {
+                1 => _mm512_alignr_epi64::<1>(bits, bits),
+                2 => _mm512_alignr_epi64::<2>(bits, bits),
+                _ => _mm512_alignr_epi64::<4>(bits, bits),
+            })
+        }
+    }
+    #[inline(always)]
+    fn first_f64(self, x: __m512d) -> f64 {
+        // SAFETY: `self` exists, so the CPU has AVX-512 F.
+        unsafe { _mm512_cvtsd_f64(x) }
     }
 
     #[inline(always)]

@@ -54,6 +54,7 @@ impl Simd for Portable {
     type F32 = [f32; LANES];
     type Mask = [bool; LANES];
     type Pairs = [u32; LANES];
+    type F64 = [f64; LANES / 2];
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -231,6 +232,29 @@ impl Simd for Portable {
             out[i] = f32::from_bits(pairs[i] & 0xffff_0000);
         }
         out
+    }
+
+    #[inline(always)]
+    fn load_f64(self, src: &[f64]) -> Self::F64 {
+        let mut out = [0.0; LANES / 2];
+        out.copy_from_slice(&src[..LANES / 2]);
+        out
+    }
+    #[inline(always)]
+    fn min_f64(self, a: Self::F64, b: Self::F64) -> Self::F64 {
+        std::array::from_fn(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn max_f64(self, a: Self::F64, b: Self::F64) -> Self::F64 {
+        std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn shift_f64(self, x: Self::F64, by: usize) -> Self::F64 {
+        std::array::from_fn(|i| x[(i + by) % (LANES / 2)])
+    }
+    #[inline(always)]
+    fn first_f64(self, x: Self::F64) -> f64 {
+        x[0]
     }
 
     #[inline(always)]
