@@ -2,30 +2,62 @@
 //! made for the purpose (`tests/fake_driver`), so without a GPU. Needs a C compiler, else the tests print SKIPPED.
 #![cfg(all(feature = "cuda", unix))]
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use gatefold::cuda::driver::{Buffer, Driver, Launch};
 use gatefold::cuda::kernels::{self, Kernel};
-use gatefold::cuda::{Device, SiluMul, SiluMulArgs, SiluMulPlan, Stream};
+use gatefold::cuda::{Device, RmsNorm, RmsNormArgs, RmsNormPlan, SiluMul, SiluMulArgs, SiluMulPlan, Stream};
+use gatefold::spec::Norm;
 use gatefold::{Dtype, Error};
 
 #[path = "common/skip.rs"]
 mod skip;
 use skip::skipped;
 
+/// Counts the allocations of each thread.
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: everything is passed on to the system's allocator; the count is a plain number that allocates nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: the caller's promise, passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise, passed on.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
 /// Builds the driver with these definitions; `None`, said aloud, where there is no C compiler.
 fn driver(name: &str, definitions: &[&str]) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("libfake_{name}_{}.so", std::process::id()));
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("libfake_{name}.so"));
+    // Written beside it and renamed, so that a second run of the tests never sees half a library.
+    let scratch = path.with_extension(format!("{}.tmp", std::process::id()));
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_driver/driver.c");
     let mut compiler = Command::new(env::var_os("CC").unwrap_or_else(|| "cc".into()));
-    compiler.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&path).arg(source);
+    compiler.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&scratch).arg(source);
     for definition in definitions {
         compiler.arg(format!("-D{definition}"));
     }
     match compiler.output() {
-        Ok(output) if output.status.success() => Some(path),
+        Ok(output) if output.status.success() => {
+            std::fs::rename(&scratch, &path).unwrap();
+            Some(path)
+        }
         Ok(output) => panic!("{}", String::from_utf8_lossy(&output.stderr)),
         Err(error) => {
             skipped(format_args!("no C compiler for the fake driver ({error})"));
@@ -324,6 +356,34 @@ fn launch() {
     drop(memory);
     drop(device);
     assert_eq!(state(&library), [0, 0, 0, 0, 1], "all given back, and the other library's context is current again");
+}
+
+/// A launch can be captured into a graph: once the kernels are loaded it allocates nothing, on the host or the device.
+#[test]
+fn launch_does_not_allocate() {
+    let Some(path) = driver("allocate", &[]) else { return };
+    let device = Device::open_with(&path, 0).unwrap();
+    let memory = Buffer::from_slice(&device, &[0_f32; 5 * 64]).unwrap();
+    let part = |i: u64| memory.ptr() + i * 64 * 4;
+    let silu = SiluMulPlan::new(&SiluMul::new(Dtype::F32, 1, 64)).unwrap();
+    let norm = RmsNormPlan::new(&RmsNorm::new(Norm::rms(1e-6), Dtype::F32, 1, 64)).unwrap();
+    silu.warmup(&device).unwrap();
+    norm.warmup(&device).unwrap();
+    let silu_args = SiluMulArgs::new(part(0), part(1), part(2));
+    let norm_args = RmsNormArgs::new(part(0), part(1)).with_weight(part(2)).with_residual(part(3), part(4));
+    // SAFETY: loading the fake driver again runs nothing.
+    let library = unsafe { libloading::Library::new(&path).unwrap() };
+    let alive = state(&library);
+    let before = ALLOCATIONS.get();
+    for _ in 0..10 {
+        // SAFETY: `memory` holds five rows of the plans' shape.
+        unsafe {
+            silu.launch(&device, &silu_args, Stream::LEGACY).unwrap();
+            norm.launch(&device, &norm_args, Stream::LEGACY).unwrap();
+        }
+    }
+    assert_eq!(ALLOCATIONS.get(), before);
+    assert_eq!(state(&library), alive);
 }
 
 #[test]
