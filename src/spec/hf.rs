@@ -108,8 +108,10 @@ pub struct HfConfig {
     /// How the checkpoint stores its weights (those of the experts: `Mxfp4`). The layers say [`WeightFormat::Float`] all the same:
     /// set [`super::ExpertFfn::weight_format`] to run on stored weights as they are.
     pub weight_format: WeightFormat,
-    /// All layers; of those that are no attention and feed-forward, what they are.
-    layers: Vec<Result<Layer, String>>,
+    /// The different layers that occur; of those that are no attention and feed-forward, what they are.
+    kinds: Vec<Result<Layer, String>>,
+    /// Which of them each layer is.
+    layers: Vec<usize>,
     /// The rotary embedding of all layers for sequences beyond so many positions.
     long_rope: Option<(usize, Rope)>,
 }
@@ -119,8 +121,8 @@ impl HfConfig {
     ///
     /// # Errors
     /// [`Error::Parse`] naming the field, for text that is not JSON, an unknown `model_type`, a value of the wrong type or
-    /// beyond any sane size, or one that is not implemented; [`Error::Unsupported`] for a rotary embedding that is no function
-    /// of the position alone; those of [`Layer::validate`].
+    /// beyond any sane size, one that is not implemented, or sizes that do not fit one another; [`Error::Unsupported`] for a rotary embedding that is no
+    /// function of the position alone.
     pub fn from_json(text: &str) -> Result<Self> {
         Self::from_slice(text.as_bytes())
     }
@@ -153,9 +155,11 @@ impl HfConfig {
         }
         families::check_unread(f)?;
         config.final_norm.validate()?;
-        for layer in config.layers.iter().flatten() {
-            layer.validate()?;
-            config.layer_with_long_rope(layer).validate()?;
+        for (kind, layer) in config.kinds.iter().enumerate() {
+            let Ok(layer) = layer else { continue };
+            let n = config.layers.iter().position(|k| *k == kind).unwrap_or_default();
+            layer.validate().map_err(|e| in_layer(n, e))?;
+            config.layer_with_long_rope(layer).validate().map_err(|e| in_layer(n, e))?;
         }
         Ok(config)
     }
@@ -166,7 +170,7 @@ impl HfConfig {
     /// [`Error::Unsupported`] naming a layer that is neither attention nor feed-forward (Mamba, delta-net), or that attends
     /// to another sequence (`n` from `num_layers` on: the decoder of an encoder-decoder model). [`Error::Value`] beyond the last.
     pub fn layer(&self, n: usize) -> Result<Layer> {
-        match self.layers.get(n) {
+        match self.layers.get(n).map(|kind| &self.kinds[*kind]) {
             Some(Ok(layer)) => Ok(layer.clone()),
             Some(Err(what)) => Err(Error::unsupported("the layer specification", format!("layer {n}: {what}"))),
             None => Err(Error::value("layer", format!("below {}", self.layers.len()), n)),
@@ -193,6 +197,16 @@ impl HfConfig {
         }
         layer
     }
+}
+
+/// What [`Layer::validate`] says, as an error of the configuration.
+fn in_layer(n: usize, error: Error) -> Error {
+    let (argument, expected, found) = match error {
+        Error::Value { argument, expected, found } => (argument, expected, found),
+        Error::Len { argument, expected, found } => (argument, format!("{expected} values"), found.to_string()),
+        other => return other,
+    };
+    Error::Parse { source_name: format!("config.json, layer {n}, `{argument}`"), expected, found }
 }
 
 /// `dtype`, or `torch_dtype` in the older spelling.

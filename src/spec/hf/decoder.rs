@@ -1,6 +1,6 @@
 //! What the decoders of all families have in common: sizes, defaults, the parts that a layer is put together from.
 
-use super::fields::{Fields, MAX_SIZE, describe};
+use super::fields::{Fields, MAX_HEAD_DIM, MAX_SIZE, describe};
 use super::rope::{self, RopeRead, RopeRules};
 use super::{Family, HfConfig};
 use crate::error::Result;
@@ -73,6 +73,9 @@ impl<'a> Decoder<'a> {
                 return Err(f.error("hidden_size", expected, hidden.to_string()));
             }
         };
+        if head_dim > MAX_HEAD_DIM {
+            return Err(f.error("head_dim", format!("at most {MAX_HEAD_DIM}"), head_dim.to_string()));
+        }
         Ok(Decoder {
             f,
             vocab: f.size("vocab_size", d.vocab)?,
@@ -121,7 +124,16 @@ impl<'a> Decoder<'a> {
         long_rope: Option<(usize, Rope)>,
         layer: impl Fn(usize) -> Result<Result<Layer, String>>,
     ) -> Result<HfConfig> {
-        let layers = (0..self.layers).map(layer).collect::<Result<_>>()?;
+        // Models have few kinds of layers: each is kept once.
+        let (mut kinds, mut layers) = (Vec::new(), Vec::new());
+        for n in 0..self.layers {
+            let layer = layer(n)?;
+            let kind = kinds.iter().position(|k| *k == layer).unwrap_or_else(|| {
+                kinds.push(layer);
+                kinds.len() - 1
+            });
+            layers.push(kind);
+        }
         Ok(HfConfig {
             family: Family::Llama,
             num_layers: self.layers,
@@ -136,6 +148,7 @@ impl<'a> Decoder<'a> {
             final_norm: self.norm,
             dtype: None,
             weight_format: WeightFormat::Float,
+            kinds,
             layers,
             long_rope,
         })

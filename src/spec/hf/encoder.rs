@@ -15,9 +15,10 @@ fn encoder_decoder(d: &Decoder, decoder_layers: usize, layer: impl Fn(usize) -> 
     let _ = d.f.count("decoder_sparse_step", 0)?;
     let mut config = d.model(None, |n| Ok(Ok(layer(n))))?;
     config.max_position = None;
-    config
-        .layers
-        .extend((0..decoder_layers).map(|n| Err(format!("decoder layer {n}: attention to the encoder's output"))));
+    for n in 0..decoder_layers {
+        config.layers.push(config.kinds.len());
+        config.kinds.push(Err(format!("decoder layer {n}: attention to the encoder's output")));
+    }
     Ok(config)
 }
 

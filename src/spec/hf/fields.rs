@@ -10,6 +10,8 @@ use std::collections::BTreeSet;
 pub(super) const MAX_SIZE: usize = 1 << 24;
 /// Largest number of layers that is believed; a specification is made for each.
 pub(super) const MAX_LAYERS: usize = 4096;
+/// Largest width of a head that is believed.
+pub(super) const MAX_HEAD_DIM: usize = 1 << 16;
 /// Largest position that is believed.
 pub(super) const MAX_POSITION: usize = 1 << 40;
 
