@@ -100,6 +100,7 @@ fn values_that_are_not_implemented_are_errors() {
         ("dbrx", json!({"ffn_config": {"moe_normalize_expert_weights": 3}}), "ffn_config.moe_normalize_expert_weights"),
         ("dbrx", json!({"ffn_config": {"ffn_act_fn": {"name": "mish"}}}), "ffn_config.ffn_act_fn.name"),
         ("dbrx", json!({"attn_config": 7}), "attn_config"),
+        ("dbrx", json!({"rope_theta": 10000}), "attn_config.rope_theta"),
         ("jamba", json!({"attn_layer_offset": 8}), "attn_layer_offset"),
         ("jamba", json!({"rope_scaling": {"type": "linear", "factor": 2}}), "rope_scaling"),
         ("minimax-m2", json!({"use_qk_norm": false}), "use_qk_norm"),

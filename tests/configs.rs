@@ -714,6 +714,54 @@ fn missing_null_and_default_are_the_same() {
     }
 }
 
+/// A configuration that says nothing but its family is that of the class: vocabulary, width, layers; query heads, key/value heads,
+/// head width; experts, top-k and their width of the last layer that has some.
+#[test]
+#[rustfmt::skip]
+fn bare_configurations_are_those_of_the_class() {
+    let cases = [
+        (json!({"model_type": "switch_transformers"}), [32_128, 768, 12], [12, 12, 64], Some([8, 1, 2048])),
+        (json!({"model_type": "nllb-moe"}), [128_112, 1024, 12], [16, 16, 64], Some([128, 2, 4096])),
+        (json!({"model_type": "mixtral"}), [32_000, 4096, 32], [32, 8, 128], Some([8, 2, 14_336])),
+        (json!({"model_type": "olmoe"}), [50_304, 2048, 16], [16, 16, 128], Some([64, 8, 2048])),
+        (json!({"model_type": "qwen2_moe"}), [151_936, 2048, 24], [16, 16, 128], Some([60, 4, 1408])),
+        (json!({"model_type": "qwen3_moe"}), [151_936, 2048, 24], [32, 4, 64], Some([128, 8, 768])),
+        (json!({"model_type": "qwen3_next"}), [151_936, 2048, 48], [16, 2, 256], Some([512, 10, 512])),
+        // The class has no default for top-k.
+        (json!({"model_type": "deepseek_v2", "num_experts_per_tok": 6}), [102_400, 4096, 32], [32, 32, 192], Some([64, 6, 1407])),
+        (json!({"model_type": "deepseek_v3"}), [129_280, 7168, 61], [128, 128, 192], Some([256, 8, 2048])),
+        (json!({"model_type": "kimi_k2"}), [129_280, 7168, 61], [128, 128, 192], Some([256, 8, 2048])),
+        (json!({"model_type": "gpt_oss"}), [201_088, 2880, 36], [64, 8, 64], Some([128, 4, 2880])),
+        // Half of the class's own head of 42 cannot turn.
+        (json!({"model_type": "glm4_moe", "head_dim": 128}), [151_552, 4096, 46], [96, 8, 128], Some([128, 8, 1408])),
+        (json!({"model_type": "llama4_text"}), [202_048, 5120, 48], [40, 8, 128], Some([16, 1, 8192])),
+        (json!({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}), [202_048, 5120, 48], [40, 8, 128], Some([16, 1, 8192])),
+        (json!({"model_type": "phimoe"}), [32_064, 4096, 32], [32, 8, 128], Some([16, 2, 6400])),
+        (json!({"model_type": "granitemoe"}), [32_000, 4096, 32], [32, 32, 128], Some([8, 2, 11_008])),
+        (json!({"model_type": "dbrx"}), [32_000, 2048, 24], [16, 1, 128], Some([4, 1, 3584])),
+        (json!({"model_type": "jamba"}), [65_536, 4096, 32], [32, 8, 128], None),
+        (json!({"model_type": "minimax_m2"}), [200_064, 3072, 62], [48, 8, 128], Some([256, 8, 1536])),
+        (json!({"model_type": "ernie4_5_moe"}), [103_424, 2560, 28], [20, 4, 128], Some([64, 6, 1536])),
+        (json!({"model_type": "llama"}), [32_000, 4096, 32], [32, 32, 128], None),
+        (json!({"model_type": "mistral"}), [32_000, 4096, 32], [32, 8, 128], None),
+    ];
+    for (text, sizes, heads, experts) in cases {
+        let config = parse(text.clone()).unwrap_or_else(|e| panic!("{text}: {e}"));
+        assert_eq!([config.vocab_size, config.hidden_size, config.num_layers], sizes, "{text}");
+        assert_eq!((config.dtype, config.weight_format), (None, WeightFormat::Float), "{text}");
+        let layers: Vec<Layer> = (0..config.num_layers).filter_map(|n| config.layer(n).ok()).collect();
+        for layer in &layers {
+            let a = layer.attention();
+            assert_eq!([a.num_heads, a.num_kv_heads, a.head_dim], heads, "{text}");
+        }
+        let found = layers.iter().rev().find_map(|layer| match &layer.mlp {
+            Mlp::Moe(m) => Some([m.router.num_experts, m.router.top_k, m.experts.ffn.intermediate_size]),
+            _ => None,
+        });
+        assert_eq!(found, experts, "{text}");
+    }
+}
+
 #[test]
 fn per_layer_choices() {
     let qwen = |extra: Value| {

@@ -130,7 +130,8 @@ pub(super) fn nllb_moe(f: &Fields) -> Result<HfConfig> {
     let ffn =
         Ffn { up_bias: true, down_bias: true, ..Ffn::plain(hidden, f.size("encoder_ffn_dim", 4096)?, d.activation) };
     let dropout = f.number("moe_token_dropout", 0.2)?;
-    // At inference the experts' outputs are scaled down by what training dropped.
+    // At inference the experts' outputs are scaled down by what training dropped. (Release 5.23.0 of the package sends every
+    // token to its first two experts, whatever the router says; earlier ones follow the router, as here.)
     let experts = ExpertFfn { combine_scale: 1.0 - dropout, ..ExpertFfn::new(num_experts, ffn) };
     let moe = Moe { router_bias: f.flag("router_bias", false)?, ..Moe::new(router, experts) };
     let step = f.count("encoder_sparse_step", 4)?;

@@ -306,6 +306,9 @@ pub(super) fn dbrx(f: &Fields) -> Result<HfConfig> {
     };
     let router = Router { renormalize, ..softmax_top_k(num_experts, top_k, false) };
     let rope = d.rope(RopeStyle::Half)?;
+    if attn.get("rope_theta").is_some() && rope.rope.theta != d.theta {
+        return Err(attn.error("rope_theta", format!("{} as elsewhere", rope.rope.theta), d.theta.to_string()));
+    }
     d.model(rope.long.clone(), |_| {
         let attention =
             GqaBlock { clip_qkv, rope: Some(rope.rope.clone()), ..GqaBlock::new(d.attention(Mask::causal())) };
