@@ -1,0 +1,189 @@
+//! Experts against a dense mixture, expert by expert.
+
+use super::Table;
+use crate::common::{ExpertCase, ExpertOptions, GateUp, Layout, assert_close, naive};
+use gatefold::spec::{Activation, ExpertFfn, Ffn, WeightOn};
+use gatefold::{Dtype, Element, View, reference};
+use half::{bf16, f16};
+
+#[derive(Clone)]
+pub struct Call {
+    pub spec: ExpertFfn,
+    pub options: ExpertOptions,
+    /// Types of activations and weights.
+    pub types: (Dtype, Dtype),
+}
+
+pub fn base() -> Call {
+    Call {
+        spec: ExpertFfn::new(6, Ffn::gated(20, 12, Activation::Silu)),
+        options: ExpertOptions { num_tokens: 7, slots: 2, gate_up: GateUp::Separate, layout: Layout::Contiguous },
+        types: (Dtype::F32, Dtype::F32),
+    }
+}
+
+pub fn valid(call: &Call) -> bool {
+    // One array for gate and up needs a gate.
+    call.spec.validate().is_ok() && (call.spec.ffn.gated || call.options.gate_up == GateUp::Separate)
+}
+
+pub fn table() -> Table<Call> {
+    Table {
+        options: vec![
+            ("gated", vec![("yes", |_| {}), ("no", |c| c.spec.ffn.gated = false)]),
+            (
+                "activation",
+                vec![
+                    ("silu", |_| {}),
+                    ("gelu_erf", |c| c.spec.ffn.activation = Activation::GeluErf),
+                    ("gelu_tanh", |c| c.spec.ffn.activation = Activation::GeluTanh),
+                    ("relu", |c| c.spec.ffn.activation = Activation::Relu),
+                    ("relu2", |c| c.spec.ffn.activation = Activation::ReluSquared),
+                    ("clamped", |c| c.spec.ffn.activation = Activation::SwigluClamped { alpha: 1.702, limit: 0.8 }),
+                ],
+            ),
+            ("up_bias", vec![("no", |_| {}), ("yes", |c| c.spec.ffn.up_bias = true)]),
+            ("down_bias", vec![("no", |_| {}), ("yes", |c| c.spec.ffn.down_bias = true)]),
+            (
+                "gate_up",
+                vec![
+                    ("separate", |_| {}),
+                    ("halves", |c| c.options.gate_up = GateUp::Halves),
+                    ("interleaved", |c| c.options.gate_up = GateUp::Interleaved),
+                ],
+            ),
+            (
+                "layout",
+                vec![
+                    ("contiguous", |_| {}),
+                    ("padded", |c| c.options.layout = Layout::Padded),
+                    ("permuted", |c| c.options.layout = Layout::Permuted),
+                ],
+            ),
+            ("weight_on", vec![("output", |_| {}), ("input", |c| c.spec.weight_on = WeightOn::Input)]),
+            ("combine_scale", vec![("1", |_| {}), ("0.5", |c| c.spec.combine_scale = 0.5)]),
+            (
+                "slice",
+                vec![
+                    ("all", |_| {}),
+                    ("2..5", |c| (c.spec.first_expert, c.spec.num_local_experts) = (2, 3)),
+                    ("none", |c| (c.spec.first_expert, c.spec.num_local_experts) = (6, 0)),
+                ],
+            ),
+            ("slots", vec![("2", |_| {}), ("1", |c| c.options.slots = 1), ("6", |c| c.options.slots = 6)]),
+            (
+                "tokens",
+                vec![
+                    ("7", |_| {}),
+                    ("0", |c| c.options.num_tokens = 0),
+                    ("1", |c| c.options.num_tokens = 1),
+                    ("40", |c| {
+                        c.options.num_tokens = 40;
+                    }),
+                ],
+            ),
+            (
+                "activations",
+                vec![("f32", |_| {}), ("bf16", |c| c.types.0 = Dtype::BF16), ("f16", |c| c.types.0 = Dtype::F16)],
+            ),
+            (
+                "weights",
+                vec![("f32", |_| {}), ("bf16", |c| c.types.1 = Dtype::BF16), ("f16", |c| c.types.1 = Dtype::F16)],
+            ),
+        ],
+    }
+}
+
+/// Expert by expert over all tokens, with other formulas of the same activations.
+fn dense<T: Element, W: Element>(case: &ExpertCase<T, W>) -> Vec<f64> {
+    let (spec, ffn) = (&case.spec, &case.spec.ffn);
+    let sigmoid = |x: f64| 0.5 + 0.5 * (x / 2.0).tanh();
+    let act = |x: f64| match ffn.activation {
+        Activation::Silu => x * sigmoid(x),
+        Activation::GeluErf => x * (0.5 + 0.5 * naive::erf(x * 0.5f64.sqrt())),
+        Activation::GeluTanh => x * sigmoid(2.0 * (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)),
+        Activation::Relu => (x + x.abs()) / 2.0,
+        _ => ((x + x.abs()) / 2.0).powi(2),
+    };
+    let [n, hidden] = case.hidden.shape();
+    let mut out = vec![0.0; n * hidden];
+    let weights = case.weights();
+    for local in 0..spec.num_local_experts {
+        let w = weights.expert(local);
+        let times = |m: &View<'_, W, 2>, b: Option<&[f32]>, x: &[f64]| -> Vec<f64> {
+            let [rows, cols] = m.shape();
+            let row = |r: usize| (0..cols).rev().map(|c| m.at([r, c]).to_f64() * x[c]).sum::<f64>();
+            (0..rows).map(|r| row(r) + b.map_or(0.0, |b| f64::from(b[r]))).collect()
+        };
+        for (t, s) in (0..n).flat_map(|t| (0..case.options.slots).map(move |s| (t, s))) {
+            if case.ids.at([t, s]) != (spec.first_expert + local) as i32 {
+                continue;
+            }
+            let weight = f64::from(case.topk_weights.at([t, s]));
+            let (on_x, on_y) = if spec.weight_on == WeightOn::Input { (weight, 1.0) } else { (1.0, weight) };
+            let x: Vec<f64> = (0..hidden).map(|d| on_x * case.hidden.at([t, d]).to_f64()).collect();
+            let up = times(&w.up, w.up_bias, &x);
+            let inner: Vec<f64> = match &w.gate {
+                None => up.iter().map(|u| act(*u)).collect(),
+                Some(gate) => {
+                    let gate = times(gate, w.gate_bias, &x);
+                    match ffn.activation {
+                        Activation::SwigluClamped { alpha, limit } => gate
+                            .iter()
+                            .zip(&up)
+                            .map(|(g, u)| {
+                                let g = g.min(limit);
+                                (u.min(limit).max(-limit) + 1.0) * g * sigmoid(alpha * g)
+                            })
+                            .collect(),
+                        _ => gate.iter().zip(&up).map(|(g, u)| act(*g) * u).collect(),
+                    }
+                }
+            };
+            for (d, y) in times(&w.down, w.down_bias, &inner).iter().enumerate() {
+                out[t * hidden + d] += spec.combine_scale * on_y * y;
+            }
+        }
+    }
+    out
+}
+
+fn compare<T: Element, W: Element>(call: &Call, what: &str, seed: u64) {
+    let case = ExpertCase::<T, W>::new(&call.spec, call.options, seed);
+    let weights = case.weights();
+    let got = case.run(|spec, x, routing, out| reference::expert_ffn(spec, x, routing, &weights, out));
+    assert_close(what, &got, &dense(&case), 1e-12);
+}
+
+/// Calls a generic function with the types of a call.
+#[macro_export]
+macro_rules! with_types {
+    ($types:expr, $function:ident, $($argument:expr),*) => {
+        match $types {
+            (Dtype::F32, Dtype::F32) => $function::<f32, f32>($($argument),*),
+            (Dtype::F32, Dtype::BF16) => $function::<f32, bf16>($($argument),*),
+            (Dtype::F32, _) => $function::<f32, f16>($($argument),*),
+            (Dtype::BF16, Dtype::F32) => $function::<bf16, f32>($($argument),*),
+            (Dtype::BF16, Dtype::BF16) => $function::<bf16, bf16>($($argument),*),
+            (Dtype::BF16, _) => $function::<bf16, f16>($($argument),*),
+            (_, Dtype::F32) => $function::<f16, f32>($($argument),*),
+            (_, Dtype::BF16) => $function::<f16, bf16>($($argument),*),
+            (_, _) => $function::<f16, f16>($($argument),*),
+        }
+    };
+}
+
+#[test]
+fn every_pair_of_options_against_a_dense_mixture() {
+    let (table, base) = (table(), base());
+    let pairs = table.rows("experts", &base, valid);
+    for (seed, row) in pairs.rows.iter().enumerate() {
+        let call = table.apply(&base, row);
+        with_types!(call.types, compare, &call, &table.describe(row), seed as u64);
+    }
+    for ((a, x), (b, y)) in pairs.impossible {
+        let names = [table.options[a].1[x].0, table.options[b].1[y].0];
+        let plain = (table.options[a].0, names[0]) == ("gated", "no");
+        assert!(plain && matches!(names[1], "clamped" | "halves" | "interleaved"), "{names:?}");
+    }
+}
