@@ -137,6 +137,17 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn load_pairs(self, src: &[u32]) -> Self::Pairs;
     /// All pairs the same.
     fn splat_pairs(self, pair: u32) -> Self::Pairs;
+    /// Rounds to nearest even (NaN stays NaN) and writes `LANES` pairs. Where [`Simd::dot_bf16`] is one instruction, subnormal
+    /// values count as zero here too. Panics if there is room for fewer.
+    #[inline(always)]
+    fn store_pairs(self, dst: &mut [u32], even: Self::F32, odd: Self::F32) {
+        let (mut low, mut high) = ([bf16::ZERO; MAX_LANES], [bf16::ZERO; MAX_LANES]);
+        self.store_bf16(&mut low, even);
+        self.store_bf16(&mut high, odd);
+        for (dst, (low, high)) in dst[..Self::LANES].iter_mut().zip(low.iter().zip(&high)) {
+            *dst = low.to_bits() as u32 | (high.to_bits() as u32) << 16;
+        }
+    }
     /// The low (even) elements, widened.
     fn even(self, pairs: Self::Pairs) -> Self::F32;
     /// The high (odd) elements, widened.
@@ -346,6 +357,18 @@ mod tests {
                 assert_eq!(even[i], bf16::from_bits(0x3f80 + i as u16).to_f32());
                 assert_eq!(odd[i], bf16::from_bits(0x4000 + i as u16).to_f32());
                 assert_eq!(dot[i], 0.5 + 4.0 * odd[i] + even[i]);
+            }
+            for (a, b) in self.0.chunks_exact(S::LANES).zip(self.0[1..].chunks_exact(S::LANES)) {
+                let mut pairs = [7u32; MAX_LANES];
+                simd.store_pairs(&mut pairs, simd.load(a), simd.load(b));
+                for i in 0..S::LANES {
+                    for (x, got) in [(a[i], pairs[i] as u16), (b[i], (pairs[i] >> 16) as u16)] {
+                        let (want, got) = (bf16::from_f32(x), bf16::from_bits(got));
+                        let flushed = x.abs() < f32::MIN_POSITIVE && got.to_f32() == 0.0;
+                        assert!(got.to_bits() == want.to_bits() || flushed || (x.is_nan() && got.is_nan()), "{x:e}");
+                    }
+                }
+                assert!(pairs[S::LANES..].iter().all(|pair| *pair == 7));
             }
         }
     }

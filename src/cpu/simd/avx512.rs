@@ -17,6 +17,17 @@ pub type Avx512Bf16 = WithZmm<true>;
 
 const LANES: usize = 16;
 
+/// Word `2 i` comes from word `i` of the lower half, word `2 i + 1` from word `i` of the upper half.
+static INTERLEAVE: [u16; 32] = {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    order
+};
+
 impl<const BF16: bool> WithZmm<BF16> {
     /// The level, if this CPU has it. The list is that of `run`.
     pub fn detect() -> Option<Self> {
@@ -264,6 +275,27 @@ impl<const BF16: bool> Simd for WithZmm<BF16> {
     fn splat_pairs(self, pair: u32) -> __m512i {
         // SAFETY: `self` exists, so the CPU has AVX-512 F.
         unsafe { _mm512_set1_epi32(pair as i32) }
+    }
+    #[inline(always)]
+    fn store_pairs(self, dst: &mut [u32], even: __m512, odd: __m512) {
+        let dst = &mut dst[..LANES];
+        if BF16 {
+            // SAFETY: `self` exists with `BF16`, so the CPU has AVX512-BF16 and BW; both types are 512 plain bits; `dst` holds
+            // 16 words.
+            unsafe {
+                let halves = _mm512_cvtne2ps_pbh(odd, even); // even values in the lower half
+                let halves = std::mem::transmute::<__m512bh, __m512i>(halves);
+                let order = _mm512_loadu_si512(INTERLEAVE.as_ptr().cast());
+                _mm512_storeu_si512(dst.as_mut_ptr().cast(), _mm512_permutexvar_epi16(order, halves));
+            }
+        } else {
+            // SAFETY: `self` exists, so the CPU has AVX-512 F; `dst` holds 16 words.
+            unsafe {
+                let low = _mm512_cvtepu16_epi32(self.round_bf16(even));
+                let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(self.round_bf16(odd)));
+                _mm512_storeu_si512(dst.as_mut_ptr().cast(), _mm512_or_si512(low, high));
+            }
+        }
     }
     #[inline(always)]
     fn even(self, pairs: __m512i) -> __m512 {
