@@ -5,6 +5,7 @@
 
 #![allow(dead_code)] // until every function that uses these is here
 
+mod attention;
 mod float;
 mod gemm;
 mod level;
@@ -18,6 +19,7 @@ mod rows;
 mod simd;
 mod workspace;
 
+pub use attention::{attention, attention_workspace_bytes};
 pub use float::Float;
 pub use level::Level;
 pub use linear::{PackedLinear, linear, linear_heads, linear_workspace_bytes};

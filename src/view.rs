@@ -248,6 +248,11 @@ impl<'a, T, const N: usize> ViewMut<'a, T, N> {
         self.data
     }
 
+    /// The slice that the view was made from, for as long as it was borrowed.
+    pub fn into_data(self) -> &'a mut [T] {
+        self.data
+    }
+
     /// Checks shape, strides and length, and that no element is named twice.
     ///
     /// # Errors

@@ -279,7 +279,7 @@ impl<'a, O, R> AttentionOutput<'a, O, R> {
 }
 
 /// Sizes of a checked call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct AttentionShape {
     /// Sequences.

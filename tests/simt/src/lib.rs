@@ -9,7 +9,6 @@ mod alu_float;
 mod alu_int;
 mod clock;
 mod counters;
-pub mod coverage;
 mod decode;
 mod exec;
 mod finding;

@@ -1,0 +1,138 @@
+//! What the two products multiply: `f32` values, or pairs of bf16 where the CPU has a dot product of them.
+//!
+//! A pair holds two neighbours along the summed dimension, so a product has half as many steps. Everything outside this file
+//! and the choice between the two is the same code.
+
+use crate::cpu::Float;
+use crate::cpu::simd::Simd;
+use crate::element::Dtype;
+
+/// One step of a sum of products: `f32`, or `u32` for a pair of bf16 (first one in the low half).
+pub trait Operand: bytemuck::Pod + Send + Sync {
+    /// Neighbours along the summed dimension in one value.
+    const DEPTH: usize;
+    /// `LANES` values.
+    type Vector<S: Simd>: Copy;
+    /// All lanes the same.
+    fn splat<S: Simd>(simd: S, x: Self) -> Self::Vector<S>;
+    /// The first `LANES` values.
+    fn load<S: Simd>(simd: S, src: &[Self]) -> Self::Vector<S>;
+    /// `a * b + acc`
+    fn multiply_add<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>, acc: S::F32) -> S::F32;
+    /// Copies a row whose width is summed over: `ceil(src.len() / DEPTH)` values, the last one filled up with 0.
+    fn pack_row<S: Simd, T: Float>(simd: S, src: &[T], dst: &mut [Self]);
+    /// Copies `DEPTH` rows that are summed over, element by element; a missing row is 0.
+    fn pack_rows<S: Simd, T: Float>(simd: S, src: [Option<&[T]>; 2], dst: &mut [Self]);
+    /// One value of [`Operand::pack_row`].
+    fn gather<T: Float>(src: &[T], step: usize) -> Self;
+    /// Softmax weights of `DEPTH` keys, rounded to the type, over the scores of these keys.
+    fn store_weights<S: Simd>(simd: S, weights: [S::F32; 2], dst: &mut [Self]);
+}
+
+impl Operand for f32 {
+    const DEPTH: usize = 1;
+    type Vector<S: Simd> = S::F32;
+
+    #[inline(always)]
+    fn splat<S: Simd>(simd: S, x: f32) -> S::F32 {
+        simd.splat(x)
+    }
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, src: &[f32]) -> S::F32 {
+        simd.load(src)
+    }
+    #[inline(always)]
+    fn multiply_add<S: Simd>(simd: S, a: S::F32, b: S::F32, acc: S::F32) -> S::F32 {
+        simd.fma(a, b, acc)
+    }
+    #[inline(always)]
+    fn pack_row<S: Simd, T: Float>(simd: S, src: &[T], dst: &mut [f32]) {
+        let dst = &mut dst[..src.len()];
+        let whole = src.len() - src.len() % S::LANES;
+        for (src, dst) in src.chunks_exact(S::LANES).zip(dst.chunks_exact_mut(S::LANES)) {
+            simd.store(dst, T::load(simd, src));
+        }
+        if whole < src.len() {
+            simd.store_partial(&mut dst[whole..], T::load_partial(simd, &src[whole..]));
+        }
+    }
+    #[inline(always)]
+    fn pack_rows<S: Simd, T: Float>(simd: S, src: [Option<&[T]>; 2], dst: &mut [f32]) {
+        match src[0] {
+            Some(src) => Self::pack_row(simd, src, dst),
+            None => dst.fill(0.0),
+        }
+    }
+    #[inline(always)]
+    fn gather<T: Float>(src: &[T], step: usize) -> f32 {
+        src[step].to_f32()
+    }
+    #[inline(always)]
+    fn store_weights<S: Simd>(simd: S, weights: [S::F32; 2], dst: &mut [f32]) {
+        simd.store(dst, weights[0]);
+    }
+}
+
+/// The 16 bits of each element of a bf16 slice.
+#[inline(always)]
+fn bits<T: Float>(src: &[T]) -> &[u16] {
+    assert!(T::DTYPE == Dtype::BF16);
+    bytemuck::cast_slice(src)
+}
+
+#[inline(always)]
+fn pair(low: u16, high: u16) -> u32 {
+    low as u32 | (high as u32) << 16
+}
+
+impl Operand for u32 {
+    const DEPTH: usize = 2;
+    type Vector<S: Simd> = S::Pairs;
+
+    #[inline(always)]
+    fn splat<S: Simd>(simd: S, x: u32) -> S::Pairs {
+        simd.splat_pairs(x)
+    }
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, src: &[u32]) -> S::Pairs {
+        simd.load_pairs(src)
+    }
+    #[inline(always)]
+    fn multiply_add<S: Simd>(simd: S, a: S::Pairs, b: S::Pairs, acc: S::F32) -> S::F32 {
+        simd.dot_bf16(acc, a, b)
+    }
+    #[inline(always)]
+    fn pack_row<S: Simd, T: Float>(_: S, src: &[T], dst: &mut [u32]) {
+        let src = bits(src);
+        let dst = &mut dst[..src.len().div_ceil(2)];
+        let (pairs, rest) = src.as_chunks::<2>();
+        for (dst, [low, high]) in dst.iter_mut().zip(pairs) {
+            *dst = pair(*low, *high);
+        }
+        if let ([low], Some(dst)) = (rest, dst.last_mut()) {
+            *dst = pair(*low, 0);
+        }
+    }
+    #[inline(always)]
+    fn pack_rows<S: Simd, T: Float>(_: S, src: [Option<&[T]>; 2], dst: &mut [u32]) {
+        match src {
+            [None, None] => dst.fill(0),
+            [Some(low), None] => dst.iter_mut().zip(bits(low)).for_each(|(dst, low)| *dst = pair(*low, 0)),
+            [None, Some(high)] => dst.iter_mut().zip(bits(high)).for_each(|(dst, high)| *dst = pair(0, *high)),
+            [Some(low), Some(high)] => {
+                for ((dst, low), high) in dst.iter_mut().zip(bits(low)).zip(bits(high)) {
+                    *dst = pair(*low, *high);
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn gather<T: Float>(src: &[T], step: usize) -> u32 {
+        let src = bits(src);
+        pair(src[2 * step], src.get(2 * step + 1).copied().unwrap_or(0))
+    }
+    #[inline(always)]
+    fn store_weights<S: Simd>(simd: S, weights: [S::F32; 2], dst: &mut [u32]) {
+        simd.store_pairs(dst, weights[0], weights[1]);
+    }
+}
