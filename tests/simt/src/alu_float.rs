@@ -293,12 +293,13 @@ pub(crate) fn extend(bits: u64, ty: Ty) -> i128 {
     }
 }
 
-/// `cvt.f32.bf16`, `cvt.f32.f16` without modifiers.
+/// `cvt.f32.bf16`, `cvt.f32.f16` without modifiers. The first is a shift (ptxas 13.0 emits `SHF.L`), so a NaN keeps its bits; the second is a
+/// floating-point instruction (`HADD2.F32`), so a NaN becomes canonical.
 pub(crate) fn widen(from: Ty) -> F1 {
     if from == Ty::Bf16 {
-        f1!(|a: u32| if BF16.is_nan(a & 0xffff) { F32.nan() } else { a << 16 })
+        f1!(|a: u32| a << 16)
     } else {
-        f1!(|a: u32| (F16.decode(a & 0xffff) as f32).to_bits())
+        f1!(|a: u32| float::canonical_f32(F16.decode(a & 0xffff) as f32))
     }
 }
 

@@ -9,6 +9,7 @@ mod alu_float;
 mod alu_int;
 mod clock;
 mod counters;
+pub mod coverage;
 mod decode;
 mod exec;
 mod finding;

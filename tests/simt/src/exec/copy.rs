@@ -117,11 +117,13 @@ pub(crate) fn complete(cl: &mut Cluster, w: usize, mask: u32, done: impl Fn(usiz
     if warp.cp_pending.is_empty() {
         return;
     }
+    let mut landed = vec![];
     for copy in &mut warp.cp_pending {
         let ready = lanes(mask & copy.mask).filter(|&i| done(i, copy)).fold(0, |m, i| m | 1 << i);
         if let Some(data) = &copy.data {
             land(&mut cta.shared.data, copy, data, ready);
         }
+        landed.extend(lanes(ready).map(|i| (copy.dst[i] as usize, usize::from(copy.bytes), copy.seq[i])));
         copy.mask &= !ready;
     }
     warp.cp_pending.retain(|c| c.mask != 0);
@@ -132,6 +134,10 @@ pub(crate) fn complete(cl: &mut Cluster, w: usize, mask: u32, done: impl Fn(usiz
         None => warp.cp_seq.iter().copied().max().unwrap_or(0),
     };
     warp.clock.raise(warp.component + 1, reached);
+    // Groups are per thread: where other lanes still wait, what this lane waited for counts as written by it now.
+    for (at, n, seq) in landed.into_iter().filter(|l| l.2 > reached) {
+        cta.shared.retag(at, n, Tag::new(warp.component + 1, seq), warp.tag());
+    }
     if open.is_none() {
         // New copies get a counter that is not covered yet.
         warp.cp_seq = [reached + 1; 32];
