@@ -204,13 +204,39 @@ impl<'a, W, S> FfnWeights<'a, W, S> {
     /// # Errors
     /// As [`ExpertWeights::check`].
     pub fn check(&self, ffn: &Ffn) -> Result<()> {
-        self.as_expert().check(&ExpertFfn::new(1, *ffn))
+        let (inter, hidden) = (ffn.intermediate_size, ffn.hidden_size);
+        match (&self.gate, ffn.gated) {
+            (Some(gate), true) => gate.check("gate", [inter, hidden])?,
+            (None, true) => return Err(Error::missing("gate", "the block is gated")),
+            (Some(_), false) => return Err(Error::unexpected("gate", "the block is plain")),
+            (None, false) => {}
+        }
+        self.up.check("up", [inter, hidden])?;
+        self.down.check("down", [hidden, inter])?;
+        for (name, bias, wanted, width) in [
+            ("gate_bias", self.gate_bias, ffn.up_bias && ffn.gated, inter),
+            ("up_bias", self.up_bias, ffn.up_bias, inter),
+            ("down_bias", self.down_bias, ffn.down_bias, hidden),
+        ] {
+            match (bias, wanted) {
+                (Some(bias), true) => check_len(name, bias.len(), width)?,
+                (None, true) => return Err(Error::missing(name, "the block has this bias")),
+                (Some(_), false) => return Err(Error::unexpected(name, "the block has no such bias")),
+                (None, false) => {}
+            }
+        }
+        Ok(())
     }
 }
 
 fn one<T>(view: View<'_, T, 2>) -> View<'_, T, 3> {
     let ([rows, cols], [row, col]) = (view.shape(), view.strides());
     View::with_strides(view.data(), [1, rows, cols], [0, row, col])
+}
+
+/// Rows of gate and of up in an array of both; all rows, which then do not fit, if their number is odd.
+const fn half_of(rows: usize) -> usize {
+    if rows.is_multiple_of(2) { rows / 2 } else { rows }
 }
 
 fn row<T>(data: &[T]) -> View<'_, T, 2> {
@@ -223,20 +249,22 @@ impl<'a, W, S> ExpertWeights<'a, W, S> {
         ExpertWeights { gate, up, down, gate_bias: None, up_bias: None, down_bias: None }
     }
 
-    /// `gate_up`: `[num_local_experts, 2 * intermediate_size, hidden_size]`, gate rows first, then up rows.
+    /// `gate_up`: `[num_local_experts, 2 * intermediate_size, hidden_size]`, gate rows first, then up rows. An odd number of
+    /// rows is found by [`ExpertWeights::check`]: gate and up then have as many rows as the array.
     pub fn halves(gate_up: View<'a, W, 3>, down: View<'a, W, 3>) -> Self {
         let ([experts, rows, cols], strides) = (gate_up.shape(), gate_up.strides());
-        let half = [experts, rows / 2, cols];
+        let half = [experts, half_of(rows), cols];
         // A view that is too short is found by `check`; the cut must not panic.
-        let skip = (rows / 2).saturating_mul(strides[1]).min(gate_up.data().len());
+        let skip = half[1].saturating_mul(strides[1]).min(gate_up.data().len());
         let gate = View::with_strides(gate_up.data(), half, strides);
         ExpertWeights::separate(Some(gate), View::with_strides(&gate_up.data()[skip..], half, strides), down)
     }
 
-    /// `gate_up`: `[num_local_experts, 2 * intermediate_size, hidden_size]`, gate in the even rows, up in the odd ones.
+    /// `gate_up`: `[num_local_experts, 2 * intermediate_size, hidden_size]`, gate in the even rows, up in the odd ones; an odd number
+    /// of rows as in [`ExpertWeights::halves`].
     pub fn interleaved(gate_up: View<'a, W, 3>, down: View<'a, W, 3>) -> Self {
         let ([experts, rows, cols], [expert, row, col]) = (gate_up.shape(), gate_up.strides());
-        let (half, strides) = ([experts, rows / 2, cols], [expert, row.saturating_mul(2), col]);
+        let (half, strides) = ([experts, half_of(rows), cols], [expert, row.saturating_mul(2), col]);
         let gate = View::with_strides(gate_up.data(), half, strides);
         let up = View::with_strides(&gate_up.data()[row.min(gate_up.data().len())..], half, strides);
         ExpertWeights::separate(Some(gate), up, down)
