@@ -18,6 +18,7 @@ mod hopper;
 pub mod model;
 mod op;
 mod ptx;
+pub mod runner;
 mod sched;
 mod sim;
 mod state;
