@@ -60,6 +60,12 @@ impl Counters {
         self.lane_instructions += u64::from(lanes.count_ones());
     }
 
+    pub(crate) fn uncount(&mut self, class: Class, lanes: u32) {
+        self.by_class[class as usize] -= 1;
+        self.instructions -= 1;
+        self.lane_instructions -= u64::from(lanes.count_ones());
+    }
+
     /// One request to global memory.
     pub(crate) fn global(&mut self, addresses: &[u64; 32], mask: u32, bytes: u32) {
         self.global_requests += 1;

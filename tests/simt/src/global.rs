@@ -173,10 +173,16 @@ impl Global {
         block: u32,
         strong: bool,
         read_only: bool,
-        known: impl Fn(u32) -> bool,
+        known: impl Fn(u32) -> bool + Copy,
     ) -> Result<(), GlobalFault> {
         let n = out.len();
         let (buffer, offset) = self.find(address, n as u64).ok_or(GlobalFault::OutOfBounds)?;
+        let room = (PAGE - offset % PAGE) as usize;
+        if n > room {
+            let (head, tail) = out.split_at_mut(room);
+            self.read(address, head, block, strong, read_only, known)?;
+            return self.read(address + room as u64, tail, block, strong, read_only, known);
+        }
         let Some(page) = buffer.page(offset) else {
             out.fill(0);
             return Err(GlobalFault::Uninit(0));
@@ -213,11 +219,16 @@ impl Global {
         bytes: &[u8],
         block: u32,
         strong: bool,
-        known: impl Fn(u32) -> bool,
+        known: impl Fn(u32) -> bool + Copy,
     ) -> Result<(), GlobalFault> {
         let n = bytes.len();
         if self.find(address, n as u64).is_none() {
             return Err(GlobalFault::OutOfBounds);
+        }
+        let room = (PAGE - address % PAGE) as usize;
+        if n > room {
+            self.write(address, &bytes[..room], block, strong, known)?;
+            return self.write(address + room as u64, &bytes[room..], block, strong, known);
         }
         let number = (address >> BUFFER_BITS) as usize;
         let buffer = &mut self.buffers[number];

@@ -387,7 +387,9 @@ pub(crate) enum Op {
         wide: bool,
     },
     /// `fence.proxy.async`, `fence.mbarrier_init`
-    ProxyFence,
+    ProxyFence {
+        init: bool,
+    },
     CpAsync {
         dst: Addr,
         src: Addr,
@@ -420,12 +422,114 @@ pub(crate) enum Op {
         a: Src,
     },
     Mma(Box<Mma>),
+    Mbarrier(Box<MbarOp>),
+    Bulk(Box<BulkOp>),
+    BulkCommit,
+    BulkWait {
+        pending: u32,
+        read: bool,
+    },
+    StAsync {
+        addr: Addr,
+        mbar: Addr,
+        bytes: u8,
+        regs: Box<[Src]>,
+    },
+    WgmmaFence,
+    WgmmaCommit,
+    WgmmaWait {
+        pending: u32,
+    },
+    Wgmma(Box<Wgmma>),
+    SetMaxNReg {
+        inc: bool,
+        count: u32,
+    },
     Bra {
         target: u32,
     },
     Exit,
     Trap,
     Nop,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MbarKind {
+    Init,
+    Inval,
+    ExpectTx,
+    CompleteTx,
+    /// `value` arrivals, after expecting `tx` bytes if `expect`.
+    Arrive { expect: bool, no_complete: bool, drop: bool },
+    Wait { parity: bool, blocking: bool },
+    PendingCount,
+}
+
+/// An instruction on an mbarrier.
+#[derive(Clone, Debug)]
+pub(crate) struct MbarOp {
+    pub kind: MbarKind,
+    /// For `PendingCount` the state, in `base`.
+    pub addr: Addr,
+    /// Count, transaction count, state or parity.
+    pub value: Option<Src>,
+    /// State or count; for waits the predicate.
+    pub dst: Option<u16>,
+    pub relaxed: bool,
+}
+
+/// What a bulk or tensor copy does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BulkKind {
+    /// Global to shared memory, signals an mbarrier.
+    Load,
+    /// Shared memory to that of another block, signals an mbarrier there.
+    Peer,
+    /// Shared to global memory, in a bulk group.
+    Store,
+    /// The same with a reduction.
+    Reduce(AtomOp, AtomType, u8),
+    Prefetch,
+}
+
+/// A bulk copy, or with `coords` a tensor copy.
+#[derive(Clone, Debug)]
+pub(crate) struct BulkOp {
+    pub kind: BulkKind,
+    /// Shared side: destination of a load, source of a store.
+    pub shared: Option<Addr>,
+    /// Global address, tensor map, or for `Peer` the source.
+    pub other: Addr,
+    pub coords: Option<Vec<Src>>,
+    pub size: Option<Src>,
+    pub mbar: Option<Addr>,
+    pub multicast: Option<Src>,
+}
+
+/// Where a wgmma has A.
+#[derive(Clone, Debug)]
+pub(crate) enum WgmmaA {
+    Descriptor(Src),
+    Regs(Vec<Src>),
+}
+
+/// `wgmma.mma_async`
+#[derive(Clone, Debug)]
+pub(crate) struct Wgmma {
+    pub n: u16,
+    pub k: u8,
+    pub a_ty: Ty,
+    pub b_ty: Ty,
+    pub d_ty: Ty,
+    pub satfinite: bool,
+    pub a: WgmmaA,
+    pub b: Src,
+    pub d: Vec<Reg>,
+    /// Add D, or begin with zero.
+    pub scale_d: Result<PredSrc, bool>,
+    pub negate: [bool; 2],
+    /// Contiguous along m, n instead of k.
+    pub mn_major: [bool; 2],
 }
 
 /// A comparison with its combination and up to two predicate results, or (for `set`) a register.
@@ -571,4 +675,6 @@ pub(crate) struct Source {
     pub file: String,
     pub lines: Vec<String>,
     pub arch: u32,
+    /// Target `sm_90a`, with the instructions that only this chip has.
+    pub sm_90a: bool,
 }

@@ -127,7 +127,7 @@ impl Launch {
             mode: Mode::LockStep,
             numerics: None,
             approx_errors: true,
-            max_steps: 1 << 32,
+            max_steps: 1 << 28,
             resident: 3,
         }
     }
@@ -300,6 +300,7 @@ impl Sim {
             dead: false,
             approx: Approx { seed: launch.approx_errors.then_some(launch.seed) },
             steps: 0,
+            counted: false,
             scratch: Scratch::default(),
             tiles: Default::default(),
             released: HashMap::new(),

@@ -58,6 +58,8 @@ pub(crate) struct Cx<'a> {
     pub dead: bool,
     pub approx: Approx,
     pub steps: u64,
+    /// The current instruction is in the counters.
+    pub counted: bool,
     pub scratch: Scratch,
     pub tiles: [Vec<u32>; 4],
     /// Blocks known to whoever acquires at this global address.
@@ -76,6 +78,13 @@ pub(crate) struct Site {
 const MAX_FOUND: usize = 64;
 
 impl Cx<'_> {
+    /// Takes the current instruction out of the counters again: a poll that failed.
+    pub(crate) fn uncount(&mut self, class: crate::op::Class, lanes: u32) {
+        if std::mem::take(&mut self.counted) {
+            self.counters.uncount(class, lanes);
+        }
+    }
+
     /// Records a finding; a fatal one ends the run.
     #[cold]
     pub(crate) fn report(&mut self, site: Site, lane: Option<u32>, finding: Finding, values: String) {
@@ -219,8 +228,9 @@ pub(crate) struct Warp {
     pub pending_acquire: Clock,
     /// A fence of gpu scope since the last store to global memory.
     pub fenced_wide: bool,
-    /// Registers owned by `wgmma` in flight, if any.
-    pub busy: Vec<bool>,
+    /// The group of `wgmma`s in flight that owns a register, or 0.
+    pub busy: Vec<u32>,
+    /// Writes to registers are watched: the kernel has a `wgmma`.
     pub any_busy: bool,
     pub local: Vec<u8>,
     pub local_init: Vec<bool>,
@@ -367,7 +377,7 @@ impl Cluster {
                 first_warp: cluster.warps.len(),
                 num_warps,
                 known: HashSet::new(),
-                hopper: crate::hopper::CtaState::new(kernel, threads),
+                hopper: crate::hopper::CtaState::new(smem as usize),
             });
             for id in 0..num_warps as u32 {
                 let lanes = (threads - 32 * id).min(32);
@@ -422,15 +432,15 @@ impl Warp {
             fence_clock: None,
             pending_acquire: Clock::default(),
             fenced_wide: false,
-            busy: vec![false; kernel.num_regs],
-            any_busy: false,
+            busy: vec![0; kernel.num_regs],
+            any_busy: kernel.uses.wgmma,
             local: vec![],
             local_init: vec![],
             cp_commits: [0; 32],
             cp_seq: [1; 32],
             cp_pending: VecDeque::new(),
             spin: None,
-            hopper: crate::hopper::WarpState::default(),
+            hopper: crate::hopper::WarpState::new(kernel, cx.config.block.iter().product()),
         };
         for &(reg, special) in &kernel.specials {
             w.regs[reg as usize] =

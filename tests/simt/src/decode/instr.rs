@@ -192,6 +192,8 @@ impl Decoder<'_> {
             ("shfl" | "vote" | "match" | "redux" | "elect", _) => (self.warp_op(raw, m)?, Class::Warp),
             ("bar" | "barrier" | "membar" | "fence", _) => (self.barrier(raw, m)?, Class::Sync),
             ("ldmatrix" | "stmatrix" | "movmatrix" | "mma", _) => self.matrix(raw, m)?,
+            ("mbarrier" | "wgmma" | "setmaxnreg" | "griddepcontrol", _) | ("st", "async") => self.hopper(raw, m)?,
+            ("cp", form) if form.starts_with("bulk") || form.starts_with("tensor") => self.hopper(raw, m)?,
             _ => self.memory(raw, m)?,
         })
     }
@@ -451,7 +453,10 @@ impl Decoder<'_> {
                 Op::ClusterArrive { release: !m.has("relaxed") }
             }
             (_, "cluster_wait") => Self::count(raw, 0..=0).map(|()| Op::ClusterWait)?,
-            (_, "mbarrier_init" | "proxy_async") => Self::count(raw, 0..=0).map(|()| Op::ProxyFence)?,
+            (_, form @ ("mbarrier_init" | "proxy_async")) => {
+                Self::count(raw, 0..=0)?;
+                Op::ProxyFence { init: form == "mbarrier_init" }
+            }
             ("fence", _) => Self::count(raw, 0..=0).map(|()| Op::Fence { wide: m.has("gpu") || m.has("sys") })?,
             _ => Self::count(raw, 0..=0).map(|()| Op::Fence { wide: !m.has("cta") })?,
         })

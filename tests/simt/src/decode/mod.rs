@@ -1,5 +1,6 @@
 //! Statements to a [`Kernel`]: names become register numbers, labels become targets, operands are checked against types.
 
+mod hopper;
 mod instr;
 mod matrix;
 mod memory;
@@ -56,7 +57,7 @@ pub(crate) struct Decoder<'a> {
 pub(crate) fn decode(file: &str, text: &str, ast: &Ast) -> Result<(Vec<Kernel>, Vec<ModuleVar>), PtxError> {
     let arch = ast.target.trim_start_matches("sm_").trim_end_matches('a').parse().unwrap_or(80);
     let source =
-        Arc::new(Source { file: file.into(), lines: text.lines().map(|l| l.trim().to_string()).collect(), arch });
+        Arc::new(Source { file: file.into(), lines: text.lines().map(|l| l.trim().to_string()).collect(), arch, sm_90a: ast.target == "sm_90a" });
     let mut vars = vec![];
     let mut next = window::MODULE_VARS;
     for var in ast.vars.iter().filter(|v| matches!(v.space, VarSpace::Global | VarSpace::Const)) {

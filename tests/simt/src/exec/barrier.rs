@@ -139,6 +139,9 @@ pub(super) fn cluster_arrive(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, instr:
         bar.clock.join(&warp.clock);
         bar.proxy_clock.join(&warp.proxy_clock);
         warp.tick();
+    } else if let Some(clock) = &warp.fence_clock {
+        bar.clock.join(clock);
+        bar.proxy_clock.join(&warp.proxy_clock);
     }
     open_cluster(cl);
     Flow::Next

@@ -80,14 +80,26 @@ pub(super) fn issue(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, op: &Op, mask: 
         copy.dst[i] = at as u32;
     }
     if cx.rng.next() & 1 == 0 {
-        land(&mut cta.shared.data, &copy, &data, mask);
+        write(&mut cta.shared.data, &copy, &data, mask);
     } else {
         copy.data = Some(data);
     }
     warp.cp_pending.push_back(copy);
 }
 
-fn land(shared: &mut [u8], copy: &PendingCopy, data: &[u8; 512], mask: u32) {
+/// Lands the copies of a lane up to counter `seq`; what waits for them learns of it through an mbarrier.
+pub(crate) fn land(cl: &mut Cluster, w: usize, lane: usize, seq: u32) {
+    let (warp, cta, _) = memory::parts(cl, w);
+    for copy in warp.cp_pending.iter_mut().filter(|c| c.mask >> lane & 1 != 0 && c.seq[lane] <= seq) {
+        if let Some(data) = &copy.data {
+            write(&mut cta.shared.data, copy, data, 1 << lane);
+        }
+        copy.mask &= !(1 << lane);
+    }
+    warp.cp_pending.retain(|c| c.mask != 0);
+}
+
+fn write(shared: &mut [u8], copy: &PendingCopy, data: &[u8; 512], mask: u32) {
     let n = usize::from(copy.bytes);
     for i in lanes(mask) {
         let at = copy.dst[i] as usize;
@@ -121,7 +133,7 @@ pub(crate) fn complete(cl: &mut Cluster, w: usize, mask: u32, done: impl Fn(usiz
     for copy in &mut warp.cp_pending {
         let ready = lanes(mask & copy.mask).filter(|&i| done(i, copy)).fold(0, |m, i| m | 1 << i);
         if let Some(data) = &copy.data {
-            land(&mut cta.shared.data, copy, data, ready);
+            write(&mut cta.shared.data, copy, data, ready);
         }
         landed.extend(lanes(ready).map(|i| (copy.dst[i] as usize, usize::from(copy.bytes), copy.seq[i])));
         copy.mask &= !ready;

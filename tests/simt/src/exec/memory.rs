@@ -429,15 +429,20 @@ fn overlap(raw: &Lanes, mask: u32, n: u64, values: &[[u8; 16]; 32]) -> Option<(u
 }
 
 /// The new value of an atomic.
-fn apply(atom: &Atom, old: u64, b: u64, c: u64, global: bool) -> u64 {
-    let bits = 8 * u32::from(atom.bytes);
+pub(crate) fn apply(op: AtomOp, ty: AtomType, bytes: u8, old: u64, b: u64, c: u64, global: bool) -> u64 {
+    let bits = 8 * u32::from(bytes);
     let mask = crate::decode::mask(bits);
     let signed = |v: u64| ((v << (64 - bits)) as i64) >> (64 - bits);
     let half = |f: float::Format, pair: bool| {
         let add = |x: u64, y: u64| u64::from(float::add(f, x as u32 & 0xffff, y as u32 & 0xffff, RN));
         add(old, b) | if pair { add(old >> 16, b >> 16) << 16 } else { 0 }
     };
-    match (atom.op, atom.ty) {
+    let half_order = |f: float::Format, max: bool| u64::from(float::min_max(f, old as u32, b as u32, max, false, false));
+    match (op, ty) {
+        (AtomOp::Min, AtomType::F16) => half_order(F16, false),
+        (AtomOp::Max, AtomType::F16) => half_order(F16, true),
+        (AtomOp::Min, AtomType::Bf16) => half_order(BF16, false),
+        (AtomOp::Max, AtomType::Bf16) => half_order(BF16, true),
         // in global memory f32 additions flush subnormals (9.7.13.5)
         (AtomOp::Add, AtomType::F32) => u64::from(float::add(F32, old as u32, b as u32, Mods { ftz: global, ..RN })),
         (AtomOp::Add, AtomType::F16) => half(F16, false),
@@ -514,7 +519,7 @@ pub(super) fn atomic(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, atom: &Atom, m
                     cx.report(site, Some(lane as u32), finding, values);
                 }
                 out[lane] = get_bytes(&shared.data[at..at + size]);
-                let new = apply(atom, out[lane], b, c, false);
+                let new = apply(atom.op, atom.ty, atom.bytes, out[lane], b, c, false);
                 shared.data[at..at + size].copy_from_slice(&new.to_le_bytes()[..size]);
             }
             Place::Global(at) => {
@@ -528,7 +533,7 @@ pub(super) fn atomic(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, atom: &Atom, m
                     }
                 }
                 out[lane] = get_bytes(&data[..size]);
-                let new = apply(atom, out[lane], b, c, true).to_le_bytes();
+                let new = apply(atom.op, atom.ty, atom.bytes, out[lane], b, c, true).to_le_bytes();
                 if let Err(fault) = cx.global.write(at, &new[..size], cta.linear, true, known) {
                     global_fault(cx, site, lane, at, size, fault);
                 }

@@ -10,6 +10,10 @@ mod matrix;
 mod memory;
 mod warp;
 
+pub(crate) use copy::land as land_copies;
+pub(crate) use matrix::input;
+pub(crate) use memory::{addresses, apply, clash_finding, global_fault, lanes};
+
 use crate::finding::{Finding, Mode};
 use crate::op::{BoolOp, Class, Instr, Lanes, Op, PredSrc, Reg, Setp, Src};
 use crate::state::{Cluster, Cx, Hold, Warp};
@@ -88,9 +92,11 @@ fn count(cx: &mut Cx<'_>, warp: &mut Warp, instr: &Instr, mask: u32) {
             warp.spin = None;
         } else {
             warp.spin = Some((pc, left - 1));
+            cx.counted = false;
             return;
         }
     }
+    cx.counted = true;
     cx.counters.instruction(instr.class, mask);
 }
 
@@ -194,7 +200,7 @@ pub(crate) fn check(cx: &mut Cx<'_>, warp: &Warp, src: Src, mask: u32) {
 #[cold]
 fn unreadable(cx: &mut Cx<'_>, warp: &Warp, reg: Reg, mask: u32) {
     let name = &cx.kernel.reg_names[reg as usize];
-    if warp.busy[reg as usize] {
+    if warp.busy[reg as usize] != 0 {
         let values = format!("`{name}` is read while a wgmma in flight owns it");
         cx.report(warp.site(), None, Finding::AccumulatorInFlight, values);
         return;
@@ -224,7 +230,7 @@ pub(crate) fn store(cx: &mut Cx<'_>, warp: &mut Warp, d: Reg, values: &Lanes, ma
 
 #[cold]
 pub(crate) fn check_owner(cx: &mut Cx<'_>, warp: &mut Warp, d: Reg) {
-    if warp.busy[d as usize] {
+    if warp.busy[d as usize] != 0 {
         let name = &cx.kernel.reg_names[d as usize];
         let values = format!("`{name}` is written while a wgmma in flight owns it");
         cx.report(warp.site(), None, Finding::AccumulatorInFlight, values);
@@ -405,7 +411,11 @@ fn step(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, instr: &Instr, mask: u32) -
         Op::ClusterArrive { release } => return barrier::cluster_arrive(cx, cl, w, instr, *release),
         Op::ClusterWait => return barrier::cluster_wait(cx, cl, w, instr),
         Op::Fence { wide } => memory::fence(warp, *wide),
-        Op::ProxyFence => {
+        Op::ProxyFence { init } => {
+            if *init {
+                // a release of the initialisation: a relaxed arrive at the cluster barrier may carry it
+                warp.fence_clock = Some(warp.clock.clone());
+            }
             // The writes of this warp, and its completed cp.async, become visible to the asynchronous proxy.
             let (me, now) = (warp.component, warp.clock.get(warp.component));
             let copies = warp.clock.get(me + 1);
@@ -423,7 +433,27 @@ fn step(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, instr: &Instr, mask: u32) -
         Op::CpAsync { .. } => copy::issue(cx, cl, w, &instr.op, mask),
         Op::CpCommit => copy::commit(warp, mask),
         Op::CpWait { pending } => copy::wait(cl, w, *pending, mask),
-        Op::CpArrive { .. } => {}
+        Op::CpArrive { addr, noinc } => crate::hopper::later_arrive(cx, cl, w, *addr, *noinc, mask),
+        Op::Mbarrier(op) => return crate::hopper::mbarrier(cx, cl, w, op, mask),
+        Op::Bulk(op) => crate::hopper::issue(cx, cl, w, op, mask),
+        Op::BulkCommit => crate::hopper::commit(cl, w, mask),
+        Op::BulkWait { pending, read } => crate::hopper::bulk_wait(cx, cl, w, *pending, *read, mask),
+        Op::StAsync { addr, mbar, bytes, regs } => {
+            crate::hopper::peer_store(cx, cl, w, *addr, *mbar, usize::from(*bytes), regs, mask);
+        }
+        Op::WgmmaFence => return crate::hopper::wgmma_fence(cx, cl, w, instr),
+        Op::WgmmaCommit => return crate::hopper::wgmma_commit(cx, cl, w, instr),
+        Op::WgmmaWait { pending } => return crate::hopper::wgmma_wait(cx, cl, w, instr, *pending),
+        Op::Wgmma(op) => return crate::hopper::wgmma(cx, cl, w, instr, op),
+        Op::SetMaxNReg { inc, count } => {
+            if let Err(flow) = aligned(cx, warp, instr) {
+                return flow;
+            }
+            if !crate::hopper::set_registers(cx, cl, w, *inc, *count) {
+                cx.uncount(instr.class, mask);
+                return Flow::Hold;
+            }
+        }
         Op::LdMatrix { .. } | Op::StMatrix { .. } | Op::MovMatrix { .. } | Op::Mma(_) => {
             return matrix::execute(cx, cl, w, instr);
         }
@@ -516,6 +546,8 @@ fn exit(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, mask: u32) -> Flow {
         let values = "cp.async copies were not waited for".to_string();
         cx.report(warp.site(), Some(open.trailing_zeros()), Finding::OpenGroupsAtExit, values);
     }
+    crate::hopper::check_exit(cx, cl, w, mask);
+    let warp = &mut cl.warps[w];
     warp.live &= !mask;
     for i in 0..32 {
         if warp.active & !mask & 1 << i != 0 {

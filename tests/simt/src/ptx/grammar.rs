@@ -171,6 +171,38 @@ const TABLE: &[(&str, &str, &str)] = &[
     ("mma", "tf32", "sync aligned m16n8k4|m16n8k8 row col f32 tf32 tf32 f32"),
     ("mma", "int", "sync aligned m16n8k16|m16n8k32 row col satfinite? s32 u8|s8 u8|s8 s32"),
     ("mma", "fp8", "sync aligned m16n8k32 row col f32 e4m3|e5m2 e4m3|e5m2 f32"),
+    // 9.7.13.15 mbarrier
+    ("mbarrier", "init", "init SHARED? b64"),
+    ("mbarrier", "inval", "inval SHARED? b64"),
+    ("mbarrier", "tx", "expect_tx|complete_tx relaxed? cta|cluster? shared|shared::cta|shared::cluster? b64"),
+    ("mbarrier", "arrive", "arrive|arrive_drop release|relaxed? cta|cluster? shared|shared::cta|shared::cluster? b64"),
+    ("mbarrier", "arrive_tx", "arrive|arrive_drop expect_tx release|relaxed? cta|cluster? shared|shared::cta|shared::cluster? b64"),
+    ("mbarrier", "no_complete", "arrive|arrive_drop noComplete release? cta? SHARED? b64"),
+    ("mbarrier", "wait", "test_wait|try_wait acquire|relaxed? cta|cluster? SHARED? b64"),
+    ("mbarrier", "wait_parity", "test_wait|try_wait parity acquire|relaxed? cta|cluster? SHARED? b64"),
+    ("mbarrier", "pending", "pending_count b64"),
+    // 9.7.9.25.4, 9.7.9.25.5, 9.7.9.27 bulk and tensor copies
+    ("cp", "bulk_load", "async bulk shared::cluster|shared::cta global mbarrier::complete_tx::bytes multicast::cluster? L2::cache_hint?"),
+    ("cp", "bulk_peer", "async bulk shared::cluster shared::cta mbarrier::complete_tx::bytes"),
+    ("cp", "bulk_store", "async bulk global shared::cta bulk_group L2::cache_hint?"),
+    ("cp", "bulk_reduce", "reduce async bulk global shared::cta bulk_group L2::cache_hint? add|min|max|and|or|xor|inc|dec noftz? u32|s32|u64|s64|b32|b64|f32|f16|bf16"),
+    ("cp", "bulk_prefetch", "async bulk prefetch L2 global L2::cache_hint?"),
+    ("cp", "bulk_commit", "async bulk commit_group"),
+    ("cp", "bulk_wait", "async bulk wait_group read?"),
+    ("cp", "tensor_load", "async bulk tensor DIM shared::cluster|shared::cta global tile? mbarrier::complete_tx::bytes multicast::cluster? L2::cache_hint?"),
+    ("cp", "tensor_store", "async bulk tensor DIM global shared::cta tile? bulk_group L2::cache_hint?"),
+    ("cp", "tensor_reduce", "reduce async bulk tensor DIM global shared::cta add|min|max|and|or|xor|inc|dec tile? bulk_group L2::cache_hint?"),
+    ("cp", "tensor_prefetch", "async bulk prefetch tensor DIM L2 global tile? L2::cache_hint?"),
+    ("st", "async", "async weak? shared::cluster? mbarrier::complete_tx::bytes v2|v4? b32|b64|u32|u64|s32|s64|f32"),
+    // 9.7.15 wgmma
+    ("wgmma", "sync", "fence|commit_group|wait_group sync aligned"),
+    ("wgmma", "half", "mma_async sync aligned WGMMA_K16 f16|f32 f16 f16"),
+    ("wgmma", "bf16", "mma_async sync aligned WGMMA_K16 f32 bf16 bf16"),
+    ("wgmma", "tf32", "mma_async sync aligned WGMMA_K8 f32 tf32 tf32"),
+    ("wgmma", "fp8", "mma_async sync aligned WGMMA_K32 f16|f32 e4m3|e5m2 e4m3|e5m2"),
+    ("wgmma", "int", "mma_async sync aligned WGMMA_K32 satfinite? s32 u8|s8 u8|s8"),
+    ("setmaxnreg", "any", "inc|dec sync aligned u32"),
+    ("griddepcontrol", "any", "launch_dependents|wait"),
     // 9.7.12 control flow
     ("bra", "any", "uni?"),
     ("ret", "any", "uni?"),
@@ -191,6 +223,15 @@ pub(crate) struct Slot {
     pub optional: bool,
 }
 
+/// The shapes of wgmma with one k: every n from 8 to 256 in steps of 8.
+fn wgmma_shapes(k: u32) -> &'static str {
+    static SHAPES: OnceLock<[String; 3]> = OnceLock::new();
+    let all = SHAPES.get_or_init(|| {
+        [8, 16, 32].map(|k| (1..=32).map(|n| format!("m64n{}k{k}", 8 * n)).collect::<Vec<_>>().join("|"))
+    });
+    &all[k.trailing_zeros() as usize - 3]
+}
+
 fn expand(word: &'static str) -> Vec<&'static str> {
     word.split('|')
         .flat_map(|part| match part {
@@ -207,6 +248,10 @@ fn expand(word: &'static str) -> Vec<&'static str> {
             "PREFETCH" => PREFETCH.split('|'),
             "SCOPE" => SCOPE.split('|'),
             "RND" => RND.split('|'),
+            "DIM" => "1d|2d|3d|4d|5d".split('|'),
+            "WGMMA_K8" => wgmma_shapes(8).split('|'),
+            "WGMMA_K16" => wgmma_shapes(16).split('|'),
+            "WGMMA_K32" => wgmma_shapes(32).split('|'),
             other => other.split('|'),
         })
         .collect()
