@@ -2,8 +2,6 @@
 
 // Lanes and registers index several arrays at once; a zip of them would hide which lane is meant.
 #![allow(clippy::needless_range_loop)]
-// The asynchronous half of the machine is still being built on these.
-#![allow(dead_code)]
 
 mod alu_float;
 mod alu_int;

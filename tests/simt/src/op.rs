@@ -460,8 +460,15 @@ pub(crate) enum MbarKind {
     ExpectTx,
     CompleteTx,
     /// `value` arrivals, after expecting `tx` bytes if `expect`.
-    Arrive { expect: bool, no_complete: bool, drop: bool },
-    Wait { parity: bool, blocking: bool },
+    Arrive {
+        expect: bool,
+        no_complete: bool,
+        drop: bool,
+    },
+    Wait {
+        parity: bool,
+        blocking: bool,
+    },
     PendingCount,
 }
 

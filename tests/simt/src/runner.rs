@@ -39,8 +39,20 @@ pub fn run_file(path: &Path) -> Result<usize, String> {
 
 fn run(file: &Value, dir: &Path) -> Res<usize> {
     const FIELDS: [&str; 14] = [
-        "ptx", "entry", "grid", "cluster", "block", "smem", "mode", "seeds", "args", "numerics", "output", "report",
-        "max_steps", "fill_seed",
+        "ptx",
+        "entry",
+        "grid",
+        "cluster",
+        "block",
+        "smem",
+        "mode",
+        "seeds",
+        "args",
+        "numerics",
+        "output",
+        "report",
+        "max_steps",
+        "fill_seed",
     ];
     let object = file.as_object().ok_or("expected an object")?;
     if let Some(unknown) = object.keys().find(|k| !FIELDS.contains(&k.as_str())) {

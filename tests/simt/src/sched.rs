@@ -44,7 +44,9 @@ fn turn(cx: &mut Cx<'_>, cl: &mut Cluster) {
         let start = cx.rng.below(count);
         let ready = (0..count).map(|i| (start + i) % count).find(|&i| cl.warps[i].ready() != 0);
         match ready {
-            Some(_) if pending > 0 && cx.rng.below(if crate::hopper::late(cx) { 256 } else { 8 }) == 0 => crate::hopper::step(cx, cl),
+            Some(_) if pending > 0 && cx.rng.below(if crate::hopper::late(cx) { 256 } else { 8 }) == 0 => {
+                crate::hopper::step(cx, cl)
+            }
             Some(w) => {
                 let quantum = 1 + cx.rng.below(200);
                 exec::run(cx, cl, w, quantum);

@@ -274,6 +274,7 @@ impl Sim {
             self.global.host_write(var.address, &bytes);
         }
         let arch = match kernel.source.arch {
+            100.. => Arch::Blackwell,
             90.. => Arch::Hopper,
             89 => Arch::Ada,
             _ => Arch::Ampere,
@@ -367,8 +368,8 @@ fn check_limits(cx: &mut Cx<'_>) {
     let smem = cx.kernel.static_smem + cx.config.dynamic_smem;
     // CUDA C++ programming guide, technical specifications: shared memory per block with opt-in
     let limit = match cx.kernel.source.arch {
-        90.. => 227 << 10,
-        86 | 89 => 99 << 10,
+        90..=119 => 227 << 10,
+        86 | 89 | 120.. => 99 << 10,
         _ => 163 << 10,
     };
     if smem > limit {

@@ -264,7 +264,6 @@ pub(crate) struct Cta {
     pub linear: u32,
     pub shared: Shared,
     pub bars: Vec<Bar>,
-    pub first_warp: usize,
     pub num_warps: usize,
     /// Other blocks whose writes are ordered before this block's accesses.
     pub known: HashSet<u32>,
@@ -374,7 +373,6 @@ impl Cluster {
                 linear,
                 shared,
                 bars: (0..16).map(|_| Bar::default()).collect(),
-                first_warp: cluster.warps.len(),
                 num_warps,
                 known: HashSet::new(),
                 hopper: crate::hopper::CtaState::new(smem as usize),

@@ -116,9 +116,10 @@ impl Decoder<'_> {
             _ => 1,
         };
         let bytes = ty.bytes();
-        if bytes * lanes > 16 {
-            // 256-bit accesses are for sm_100 and newer (9.7.9.8)
-            return Err(format!("{} bytes in one access, the limit of this target is 16", bytes * lanes));
+        // 256-bit accesses are for global memory of sm_100 and newer (9.7.9.8)
+        let limit = if self.source.arch >= 100 && space == Space::Global { 32 } else { 16 };
+        if bytes * lanes > limit {
+            return Err(format!("{} bytes in one access, the limit here is {limit}", bytes * lanes));
         }
         if m.has("nc") && space != Space::Global {
             return Err("`.nc` needs `.global`".into());

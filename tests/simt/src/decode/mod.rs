@@ -30,7 +30,6 @@ pub(crate) struct ModuleVar {
     pub address: u64,
     pub bytes: u64,
     pub init: Vec<u8>,
-    pub is_const: bool,
 }
 
 type Res<T> = Result<T, String>;
@@ -42,7 +41,6 @@ pub(crate) struct Decoder<'a> {
     file: &'a str,
     text: &'a str,
     source: &'a Arc<Source>,
-    version: (u32, u32),
     scopes: Vec<(usize, HashMap<String, Sym>)>,
     labels: HashMap<(usize, String), u32>,
     fixups: Vec<Fixup>,
@@ -56,8 +54,12 @@ pub(crate) struct Decoder<'a> {
 /// Decodes every entry of a module.
 pub(crate) fn decode(file: &str, text: &str, ast: &Ast) -> Result<(Vec<Kernel>, Vec<ModuleVar>), PtxError> {
     let arch = ast.target.trim_start_matches("sm_").trim_end_matches('a').parse().unwrap_or(80);
-    let source =
-        Arc::new(Source { file: file.into(), lines: text.lines().map(|l| l.trim().to_string()).collect(), arch, sm_90a: ast.target == "sm_90a" });
+    let source = Arc::new(Source {
+        file: file.into(),
+        lines: text.lines().map(|l| l.trim().to_string()).collect(),
+        arch,
+        sm_90a: ast.target == "sm_90a",
+    });
     let mut vars = vec![];
     let mut next = window::MODULE_VARS;
     for var in ast.vars.iter().filter(|v| matches!(v.space, VarSpace::Global | VarSpace::Const)) {
@@ -65,18 +67,18 @@ pub(crate) fn decode(file: &str, text: &str, ast: &Ast) -> Result<(Vec<Kernel>, 
         let Some(bytes) = var.bytes else {
             return Err(PtxError::new(file, var.line, text, "a `.global` array needs a length".into()));
         };
-        vars.push(ModuleVar { address: next, bytes, init: var.init.clone(), is_const: var.space == VarSpace::Const });
+        vars.push(ModuleVar { address: next, bytes, init: var.init.clone() });
         next += bytes + 256;
     }
     let mut kernels = vec![];
     for entry in &ast.entries {
-        kernels.push(Decoder::new(file, text, ast, &source).entry(ast, entry, &vars)?);
+        kernels.push(Decoder::new(file, text, &source).entry(ast, entry, &vars)?);
     }
     Ok((kernels, vars))
 }
 
 impl<'a> Decoder<'a> {
-    fn new(file: &'a str, text: &'a str, ast: &Ast, source: &'a Arc<Source>) -> Self {
+    fn new(file: &'a str, text: &'a str, source: &'a Arc<Source>) -> Self {
         let kernel = Kernel {
             name: String::new(),
             code: vec![],
@@ -101,7 +103,6 @@ impl<'a> Decoder<'a> {
             file,
             text,
             source,
-            version: ast.version,
             scopes: vec![],
             labels: HashMap::new(),
             fixups: vec![],

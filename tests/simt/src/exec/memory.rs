@@ -261,7 +261,7 @@ pub(super) fn load(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, access: &Access,
     let site = warp.site();
     let strong = access.order != Order::Weak;
     let tag = warp.tag();
-    let mut buffer = [0u8; 16];
+    let mut buffer = [0u8; 32];
     for lane in lanes(mask) {
         let Some(place) = place(cx, warp, ctas, access.addr.space, raw[lane], total, lane) else { return };
         let data = &mut buffer[..total];
@@ -343,7 +343,7 @@ pub(super) fn store(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, access: &Access
     let site = warp.site();
     let strong = access.order != Order::Weak;
     let tag = if strong { warp.tag().strong() } else { warp.tag() };
-    let mut values = [[0u8; 16]; 32];
+    let mut values = [[0u8; 32]; 32];
     for (n, reg) in access.regs.iter().enumerate() {
         let reg = warp.get(kernel, reg.unwrap_or(Src(Src::CONST)));
         for lane in lanes(mask) {
@@ -407,7 +407,7 @@ pub(super) fn store(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, access: &Access
 }
 
 /// Two lanes of one store that write the same place with different values.
-fn overlap(raw: &Lanes, mask: u32, n: u64, values: &[[u8; 16]; 32]) -> Option<(usize, usize)> {
+fn overlap(raw: &Lanes, mask: u32, n: u64, values: &[[u8; 32]; 32]) -> Option<(usize, usize)> {
     let mut last = None;
     let increasing = lanes(mask).all(|i| {
         let ok = last.is_none_or(|l: u64| raw[i] >= l.wrapping_add(n));
@@ -437,7 +437,8 @@ pub(crate) fn apply(op: AtomOp, ty: AtomType, bytes: u8, old: u64, b: u64, c: u6
         let add = |x: u64, y: u64| u64::from(float::add(f, x as u32 & 0xffff, y as u32 & 0xffff, RN));
         add(old, b) | if pair { add(old >> 16, b >> 16) << 16 } else { 0 }
     };
-    let half_order = |f: float::Format, max: bool| u64::from(float::min_max(f, old as u32, b as u32, max, false, false));
+    let half_order =
+        |f: float::Format, max: bool| u64::from(float::min_max(f, old as u32, b as u32, max, false, false));
     match (op, ty) {
         (AtomOp::Min, AtomType::F16) => half_order(F16, false),
         (AtomOp::Max, AtomType::F16) => half_order(F16, true),

@@ -176,11 +176,10 @@ fn one(
     let bytes = map.as_ref().map_or(size.unwrap_or(0), TensorMap::box_bytes);
     // The shared side.
     let Some(address) = shared else { return };
-    let place = match resolve(Space::SharedCluster, address) {
-        (_, at) => shared_target(at, own, cl.ctas.len()),
-    };
+    let place = shared_target(resolve(Space::SharedCluster, address).1, own, cl.ctas.len());
     let align = if map.is_some() { 128 } else { 16 };
-    let pitch = map.as_ref().map_or(bytes, |m| m.shared_pitch() * (m.box_bytes() / (m.box_dims[0] * m.element.bytes())));
+    let pitch =
+        map.as_ref().map_or(bytes, |m| m.shared_pitch() * (m.box_bytes() / (m.box_dims[0] * m.element.bytes())));
     let Some((target, offset)) = place.filter(|p| p.1 + pitch as usize <= cl.ctas[p.0].shared.data.len()) else {
         let values = format!("shared address {address:#x}, {pitch} bytes");
         cx.report(site, Some(lane as u32), Finding::OutOfBounds, values);
@@ -233,8 +232,12 @@ fn one(
                 return bad(cx, site, lane, "the source is in another block".into());
             }
             read_source(cx, cl, w, lane, &runs);
-            let record =
-                super::BulkRecord { id, lane, group: cl.warps[w].hopper.bulk_commits[lane], seq: cl.warps[w].hopper.bulk_seq };
+            let record = super::BulkRecord {
+                id,
+                lane,
+                group: cl.warps[w].hopper.bulk_commits[lane],
+                seq: cl.warps[w].hopper.bulk_seq,
+            };
             cl.warps[w].hopper.bulks.push(record);
             let reduce = match (op.kind, map) {
                 (BulkKind::Reduce(op, ..), Some(map)) => {
@@ -321,6 +324,7 @@ fn send(
 }
 
 /// `st.async` (9.7.9.12).
+#[allow(clippy::too_many_arguments)]
 pub(crate) fn peer_store(
     cx: &mut Cx<'_>,
     cl: &mut Cluster,

@@ -304,16 +304,22 @@ fn wait(
             warp.hopper.waiting = None;
             continue;
         }
-        if let (true, Some(s)) = (parity, seen) {
-            // Parity p asks for the first phase of that parity after the last one seen.
-            let asked = s.2 + u64::from(s.2 & 1 != values[lane] & 1);
-            if completed >= asked + 2 {
-                let values = format!(
-                    "the mbarrier at {:#x} has completed {completed} phases, this warp has seen {} and asks for number {asked}",
-                    place.1, s.2
-                );
-                cx.report(site, Some(lane as u32), Finding::PhaseLag, values);
-            }
+        // Parity p asks for the first phase of that parity after the last one seen; a first look for parity 0 means phase 0.
+        let last = seen.map(|s| s.2);
+        let wanted = values[lane] & 1;
+        let asked = match last {
+            Some(seen) => Some(seen + u64::from(seen & 1 != wanted)),
+            None => (wanted == 0).then_some(0),
+        };
+        if let (true, Some(asked)) = (parity, asked)
+            && completed >= asked + 2
+        {
+            let values = format!(
+                "the mbarrier at {:#x} has completed {completed} phases, this warp has seen {} and asks for number {asked}",
+                place.1,
+                last.unwrap_or(0)
+            );
+            cx.report(site, Some(lane as u32), Finding::PhaseLag, values);
         }
         let until = if parity { completed + 1 } else { (values[lane] >> 20) + 1 };
         warp.hopper.waiting = Some(Waiting { cta: place.0, index, until, ready: false, pc: warp.pc });

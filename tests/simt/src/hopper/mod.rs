@@ -55,7 +55,6 @@ pub(crate) struct WarpState {
     pub bulks: Vec<BulkRecord>,
     /// `wgmma`: counter of the open group, committed groups, registers in flight.
     pub wgmma_seq: u32,
-    pub wgmma_open: bool,
     pub wgmma_groups: VecDeque<u32>,
     pub wgmma_regs: VecDeque<(u32, Vec<Reg>)>,
     /// Number of `wgmma.fence`s, and that number when each register was last written.

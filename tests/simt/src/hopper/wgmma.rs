@@ -89,7 +89,7 @@ pub(crate) fn issue(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, instr: &Instr, 
         Err(flow) => return flow,
     };
     let site = warp.site();
-    if mask != u32::MAX || cl.ctas[warp.cta].num_warps % 4 != 0 {
+    if mask != u32::MAX || !cl.ctas[warp.cta].num_warps.is_multiple_of(4) {
         let values = format!("wgmma needs whole warpgroups; lanes {mask:#010x}");
         cx.report(site, None, Finding::DivergentCollective, values);
         return Flow::Hold;

@@ -186,7 +186,10 @@ impl Parser<'_> {
                 ".target" => {
                     self.at += 1;
                     ast.target = self.word()?;
-                    if !matches!(ast.target.as_str(), "sm_80" | "sm_86" | "sm_89" | "sm_90" | "sm_90a") {
+                    if !matches!(
+                        ast.target.as_str(),
+                        "sm_80" | "sm_86" | "sm_89" | "sm_90" | "sm_90a" | "sm_100" | "sm_120"
+                    ) {
                         return self.error(format!("target `{}` is not supported", ast.target));
                     }
                 }
