@@ -202,10 +202,14 @@ impl Shared {
             result = Some((at, Clash::Uninit));
         }
         if !strong {
+            // Neighbouring bytes mostly have the same readers.
+            let (mut old, mut new) = (me.0, me.0);
             for r in &mut self.readers[at..at + n] {
-                if *r != me.0 {
-                    *r = self.sets.join(*r, me, clock);
+                if *r != old {
+                    old = *r;
+                    new = self.sets.join(old, me, clock);
                 }
+                *r = new;
             }
         }
         result

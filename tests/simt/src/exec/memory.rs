@@ -44,6 +44,7 @@ pub(crate) enum Place {
 }
 
 /// Finds the place of `bytes` bytes at `address`, aligned to `bytes`; reports and gives `None` if there is none.
+#[inline]
 pub(crate) fn place(
     cx: &mut Cx<'_>,
     warp: &Warp,
@@ -53,7 +54,8 @@ pub(crate) fn place(
     bytes: usize,
     lane: usize,
 ) -> Option<Place> {
-    if !address.is_multiple_of(bytes as u64) {
+    // sizes are powers of two; a mask, because a division per lane is felt
+    if address & (bytes as u64 - 1) != 0 {
         let values = format!("address {address:#x}, access of {bytes} bytes");
         cx.report(warp.site(), Some(lane as u32), Finding::Misaligned, values);
         return None;
@@ -84,8 +86,9 @@ pub(crate) fn place(
 }
 
 /// Checks alignment and bounds of an access to the block's own shared memory.
+#[inline]
 pub(crate) fn shared_bounds(cx: &mut Cx<'_>, site: Site, lane: usize, at: u64, bytes: usize, size: usize) -> bool {
-    let finding = if !at.is_multiple_of(bytes as u64) {
+    let finding = if at & (bytes as u64 - 1) != 0 {
         Finding::Misaligned
     } else if at as usize + bytes > size {
         Finding::OutOfBounds
