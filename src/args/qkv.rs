@@ -96,7 +96,7 @@ impl<'a, T, S> QkvInput<'a, T, S> {
         for (name, weight, heads) in [("q_norm", self.q_norm, heads), ("k_norm", self.k_norm, kv_heads)] {
             match (weight, spec.qk_norm) {
                 (Some(w), Some(QkNorm::PerHead)) => check_len(name, w.len(), spec.head_dim)?,
-                (Some(w), Some(QkNorm::Full)) => check_len(name, w.len(), heads * spec.head_dim)?,
+                (Some(w), Some(QkNorm::Full)) => check_len(name, w.len(), heads.saturating_mul(spec.head_dim))?,
                 (None, None | Some(QkNorm::L2AfterRope)) => {}
                 (None, _) => return Err(Error::missing(name, "the specification has this norm")),
                 (Some(_), _) => return Err(Error::unexpected(name, "the specification has no such weights")),
@@ -218,7 +218,7 @@ impl<'a, T> KvCache<'a, T> {
             }
         };
         for seq in 0..num_seqs {
-            let end = self.kv_lens[seq] as usize + self.rows(seq).len();
+            let end = self.rows(seq).len().saturating_add(self.kv_lens[seq] as usize);
             if end > room {
                 let expected = format!("at most {room} rows with the new ones");
                 return Err(Error::value(format!("kv_lens[{seq}]"), expected, end));

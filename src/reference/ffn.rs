@@ -24,6 +24,9 @@ pub fn linear<T: Element, W: Element, S: Element>(
     let [out_features, _] = weight.shape();
     let num_tokens = check_linear(&x, weight.shape(), bias, &out)?;
     weight.check("weight", weight.shape())?;
+    if out_features == 0 {
+        return Ok(());
+    }
     for t in 0..num_tokens {
         let row: Vec<f64> = x.row(&[t]).iter().map(|x| x.to_f64()).collect();
         for o in 0..out_features {

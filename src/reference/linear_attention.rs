@@ -27,6 +27,9 @@ pub fn retention<T: Element, S: Element>(
     mut output: RetentionOutput<'_, f64, f64>,
 ) -> Result<()> {
     let n = input.check(spec, &output)?;
+    if n == 0 && output.state_out.is_none() {
+        return Ok(());
+    }
     let chunk = match spec.form {
         RetentionForm::Parallel => n.max(1),
         RetentionForm::Chunkwise(chunk) => chunk,
@@ -158,6 +161,9 @@ impl Head {
 /// Peng et al. 2023, arXiv:2305.13048.
 pub fn wkv<T: Element, S: Element>(input: &WkvInput<'_, T, S>, mut output: WkvOutput<'_, f64, f64>) -> Result<()> {
     let [batch, seq, channels] = input.check(&output)?;
+    if seq == 0 && output.state_out.is_none() {
+        return Ok(());
+    }
     for b in 0..batch {
         for c in 0..channels {
             let fade = -input.decay[c].to_f64().exp();

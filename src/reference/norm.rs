@@ -52,8 +52,11 @@ pub(super) fn normalize<S: Element>(spec: &Norm, x: &[f64], weight: Option<&[S]>
         .collect()
 }
 
-/// All indices of the dimensions but the last.
+/// All indices of the dimensions but the last; none if there are no elements.
 fn for_each_row(shape: &[usize], mut f: impl FnMut(&[usize])) {
+    if shape.contains(&0) {
+        return;
+    }
     let leading = &shape[..shape.len() - 1];
     let mut index = vec![0; leading.len()];
     for mut row in 0..leading.iter().product() {
@@ -78,11 +81,11 @@ pub fn add<T: Element>(
     mut out: ViewMut<'_, f64, 2>,
 ) -> Result<()> {
     check_elementwise(&x, "y", &y, &out)?;
-    for t in 0..x.shape()[0] {
-        for (out, (x, y)) in out.row_mut(&[t]).iter_mut().zip(x.row(&[t]).iter().zip(y.row(&[t]))) {
+    for_each_row(&x.shape(), |t| {
+        for (out, (x, y)) in out.row_mut(t).iter_mut().zip(x.row(t).iter().zip(y.row(t))) {
             *out = x.to_f64() + multiplier * y.to_f64();
         }
-    }
+    });
     Ok(())
 }
 
@@ -94,11 +97,11 @@ pub fn add<T: Element>(
 /// [`crate::Error::Shape`], [`crate::Error::Stride`], [`crate::Error::Len`]. Nothing is written then.
 pub fn sigmoid_mul<T: Element>(x: View<'_, T, 2>, gate: View<'_, T, 2>, mut out: ViewMut<'_, f64, 2>) -> Result<()> {
     check_elementwise(&x, "gate", &gate, &out)?;
-    for t in 0..x.shape()[0] {
-        for (out, (x, gate)) in out.row_mut(&[t]).iter_mut().zip(x.row(&[t]).iter().zip(gate.row(&[t]))) {
+    for_each_row(&x.shape(), |t| {
+        for (out, (x, gate)) in out.row_mut(t).iter_mut().zip(x.row(t).iter().zip(gate.row(t))) {
             *out = x.to_f64() * sigmoid(gate.to_f64());
         }
-    }
+    });
     Ok(())
 }
 

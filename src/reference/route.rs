@@ -87,7 +87,9 @@ pub fn route<S: Element>(spec: &Router, input: &RouteInput<'_, S>, mut output: R
     let live: Vec<bool> = (0..num_tokens).map(|t| input.token_mask.is_none_or(|m| m[t] != 0)).collect();
 
     let mut expert_tokens = Vec::new();
-    let mut slots = if spec.selection == Selection::ExpertChoice {
+    let mut slots = if num_tokens == 0 {
+        Vec::new()
+    } else if spec.selection == Selection::ExpertChoice {
         expert_tokens = select::expert_choice(spec, &logits, &live);
         select::slots_of_tokens(spec, &logits, &expert_tokens)
     } else {

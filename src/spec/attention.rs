@@ -164,6 +164,9 @@ impl RelativeBias {
     }
 }
 
+/// Widths are added; sums of a few this large fit any `usize`.
+const MAX_WIDTH: usize = 1 << 28;
+
 /// Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of all heads come from one latent row
 /// per token, which is what the cache holds.
 ///
@@ -218,13 +221,20 @@ impl Mla {
     }
 
     /// # Errors
-    /// [`Error::Value`] for a size of 0 or a negative epsilon.
+    /// [`Error::Value`] for a size of 0, widths whose sum is beyond all memory, or a negative epsilon.
     pub fn validate(&self) -> Result<()> {
         positive("num_heads", self.num_heads)?;
-        positive("kv_lora_rank", self.kv_lora_rank)?;
-        positive("nope_dim", self.nope_dim)?;
-        positive("rope_dim", self.rope_dim)?;
-        positive("value_dim", self.value_dim)?;
+        for (name, width) in [
+            ("kv_lora_rank", self.kv_lora_rank),
+            ("nope_dim", self.nope_dim),
+            ("rope_dim", self.rope_dim),
+            ("value_dim", self.value_dim),
+        ] {
+            positive(name, width)?;
+            if width > MAX_WIDTH {
+                return Err(Error::value(name, format!("at most {MAX_WIDTH}"), width));
+            }
+        }
         if let Some(rank) = self.q_lora_rank {
             positive("q_lora_rank", rank)?;
         }

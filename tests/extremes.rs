@@ -1,0 +1,175 @@
+//! Sizes at the ends of their types: an error or an answer, never a panic, never an allocation that the data does not justify. With zero
+//! tokens, shapes are free of memory, so that widths may be anything.
+
+mod common;
+
+use gatefold::args::*;
+use gatefold::spec::*;
+use gatefold::{Result, View, ViewMut, reference};
+
+const HUGE: [usize; 7] = [1, 3, 1 << 31, (1 << 32) + 2, 1 << 48, usize::MAX / 2 + 1, usize::MAX];
+
+fn v<const N: usize>(shape: [usize; N]) -> View<'static, f32, N> {
+    View::new(&[0.0; 8], shape)
+}
+
+fn m<const N: usize>(shape: [usize; N]) -> ViewMut<'static, f64, N> {
+    ViewMut::new(&mut [], shape)
+}
+
+/// An error is a good answer; its message must not panic either.
+fn any<T>(result: Result<T>) -> bool {
+    match result {
+        Ok(_) => true,
+        Err(error) => !error.to_string().is_empty(),
+    }
+}
+
+#[test]
+fn attention_of_any_width() {
+    for a in HUGE {
+        for b in HUGE {
+            let mut spec = Attention::new(a, 1, b);
+            spec.value_dim = a;
+            for n in [0, 1, a] {
+                let kv = Kv::ragged(v([n, 1, b]), v([n, 1, a]), None);
+                let input = AttentionInput::<f32>::new(v([n, a, b]), kv);
+                assert!(any(reference::attention(&spec, &input, AttentionOutput::with_lse(m([n, a, a]), m([n, a])))));
+                let kv = Kv::paged(v([b, a, 1, b]), v([b, a, 1, a]), View::new(&[0], [1, n]), &[0]);
+                let input = AttentionInput::<f32>::new(v([0, a, b]), kv);
+                assert!(any(reference::attention(&spec, &input, AttentionOutput::new(m([0, a, a])))));
+            }
+            assert!(any(reference::merge(
+                v([a, 0, b, a]),
+                v([a, 0, b]),
+                AttentionOutput::with_lse(m([0, b, a]), m([0, b]))
+            )));
+            assert!(any(reference::merge(v([a, b, a, 0]), v([a, b, a]), AttentionOutput::new(m([b, a, 0])))));
+            let mla = Mla::new(a, b, a, b, a);
+            if mla.validate().is_ok() {
+                assert!(mla.head_dim() > 1 && mla.expanded().validate().is_ok());
+            }
+            let rows = a.wrapping_add(a);
+            assert!(any(reference::mla_absorb_query(&mla, v([0, a, a]), v([a, rows, b]), m([0, a, b]))));
+            assert!(any(reference::mla_project_value(&mla, v([0, a, b]), v([a, rows, b]), m([0, a, a]))));
+        }
+    }
+}
+
+#[test]
+fn glue_of_any_width() {
+    for a in HUGE {
+        for b in HUGE {
+            let norm = Norm::rms(1e-6);
+            assert!(any(reference::norm::<f32, f32, 3>(&norm, v([a, b, 0]), None, None, m([a, b, 0]))));
+            assert!(any(reference::norm::<f32, f32, 3>(&norm, v([0, a, b]), None, None, m([0, a, b]))));
+            assert!(any(reference::add(v([a, 0]), v([a, 0]), 1.0, m([a, 0]))));
+            assert!(any(reference::sigmoid_mul(v([0, a]), v([0, a]), m([0, a]))));
+            assert!(any(reference::linear::<f32, f32, f32>(v([a, 0]), v([0, 0]), None, m([a, 0]))));
+            assert!(any(reference::linear::<f32, f32, f32>(v([0, a]), v([b, a]), None, m([0, b]))));
+            let mut prep = QkvPrep::new(a, b, a);
+            prep.qk_norm = Some(QkNorm::Full);
+            let mut input = QkvInput::<f32>::new(v([0, a, a]), v([0, b, a]), v([0, b, a]), &[]);
+            input.q_norm = Some(&[1.0]);
+            input.k_norm = Some(&[1.0]);
+            let output = QkvOutput::new(m([0, a, a]), m([0, b, a]), m([0, b, a]));
+            assert!(any(reference::prepare_qkv(&prep, &input, output)));
+            let rope = Rope::new(RopeStyle::Half, b, 1e4);
+            let table = RopeTable::new(v([0, b / 2]), v([0, b / 2]));
+            assert!(any(reference::rope(&rope, v([0, a, b]), &[], &table, m([0, a, b]))));
+            for (n, heads) in [(0, b), (a, 0)] {
+                let input = KvCache::<f32>::new(v([n, heads, b]), v([n, heads, a]), None, &[u32::MAX]);
+                let (k, w): (&mut [f32], &mut [f32]) = (&mut [], &mut []);
+                let cache =
+                    KvCacheMut::contiguous(ViewMut::new(k, [1, 3, heads, b]), ViewMut::new(w, [1, 3, heads, a]));
+                assert!(any(reference::kv_append(&input, cache)));
+            }
+        }
+    }
+}
+
+#[test]
+fn experts_of_any_width() {
+    for a in HUGE {
+        for b in HUGE {
+            let ffn = Ffn::gated(a, b, Activation::Silu);
+            let weights = FfnWeights::<f32>::new(Some(v([b, a])), v([b, a]), v([a, b]));
+            assert!(any(reference::mlp(&ffn, v([0, a]), &weights, m([0, a]))));
+            let mut experts = ExpertFfn::new(a, ffn);
+            experts.num_local_experts = 0;
+            let none = ExpertWeights::<f32>::separate(Some(v([0, b, a])), v([0, b, a]), v([0, a, b]));
+            let routing = Routing::<f32>::new(View::new(&[], [0, a]), v([0, a]));
+            assert!(any(reference::expert_ffn(&experts, v([0, a]), &routing, &none, m([0, a]))));
+            let weights = ExpertWeights::<f32>::halves(v([a, b, a]), v([a, a, b]));
+            assert!(any(weights.check(&ExpertFfn::new(a, ffn))));
+            let weights =
+                ExpertWeights::<f32>::interleaved(View::with_strides(&[0.0], [a, b, a], [a, b, a]), v([a, a, b]));
+            assert!(any(weights.check(&ExpertFfn::new(a, ffn))));
+
+            for selection in [Selection::TopK, Selection::ExpertChoice, Selection::Sinkhorn { iterations: b }] {
+                let mut router = Router::new(a, b);
+                router.selection = selection;
+                router.capacity = Some(Capacity::new(CapacityLimit::Factor(1e300)));
+                router.aux_loss = Some(AuxLoss::TopK);
+                let slots = router.slots();
+                let (mut loss, mut dropped) = (0.0, 0);
+                let mut output = RouteOutput::<f64>::new(ViewMut::new(&mut [], [0, slots]), m([0, slots]));
+                (output.aux_loss, output.dropped) = (Some(&mut loss), Some(&mut dropped));
+                assert!(any(reference::route(&router, &RouteInput::<f32>::new(v([0, a])), output)));
+                assert!(any(reference::router_logits::<f32, f32, f32>(
+                    &router,
+                    v([0, b]),
+                    v([a, b]),
+                    None,
+                    0,
+                    m([0, a])
+                )));
+                let _ = (router.expert_choice_tokens(b), Capacity::new(CapacityLimit::Factor(1e300)).tokens(a, b, a));
+            }
+        }
+    }
+}
+
+#[test]
+fn linear_attention_of_any_width() {
+    for a in HUGE {
+        for b in HUGE {
+            let spec = Retention::new(a, b, a);
+            let input = RetentionInput::<f32>::new(v([0, a, b]), v([0, a, b]), v([0, a, a]), &[0.5]);
+            assert!(any(reference::retention(&spec, &input, RetentionOutput::new(m([0, a, a])))));
+            let input = WkvInput::<f32>::new(v([a, 0, 1]), v([a, 0, 1]), &[0.5], &[0.5]);
+            assert!(any(reference::wkv(&input, WkvOutput::new(m([a, 0, 1])))));
+        }
+    }
+}
+
+#[test]
+fn specifications_with_any_numbers() {
+    for a in HUGE {
+        for b in HUGE {
+            let mask = Mask { causal: true, window_left: Some(a), window_right: Some(b), chunk: Some(a) };
+            for position in [i64::MIN, -1, 0, 1, i64::MAX] {
+                let range = mask.visible_range(position);
+                assert_eq!(range.contains(&0), mask.visible(position, 0), "{mask:?} {position}");
+                let _ = mask.visible(position, i64::MAX);
+            }
+            for both in [false, true] {
+                let bias = RelativeBias::new(a, b, both);
+                if bias.validate().is_ok() {
+                    for distance in [i64::MIN, -5, 0, 5, i64::MAX] {
+                        assert!(bias.bucket(distance) < a);
+                    }
+                }
+            }
+            let mut router = Router::new(a, b);
+            router.groups = Some(ExpertGroups::new(b, a, GroupScore::Top2Sum));
+            assert!(any(router.validate()));
+            let mut experts = ExpertFfn::new(a, Ffn::gated(b, a, Activation::Silu));
+            experts.first_expert = b;
+            assert!(any(experts.validate()));
+            for id in [i32::MIN, -1, 0, i32::MAX] {
+                let _ = experts.local_expert(id);
+            }
+        }
+    }
+}
