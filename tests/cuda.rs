@@ -1,5 +1,5 @@
-//! The GPU backend against the reference, on a GPU. Without one the tests print SKIPPED; `GATEFOLD_REQUIRE_CUDA=1` makes
-//! that a failure. Every check takes a `Driver`, so that it says nothing that a simulator could not run too.
+//! The GPU backend against the reference: in the simulator, and on a GPU where there is one. Without one that part prints
+//! SKIPPED; `GATEFOLD_REQUIRE_CUDA=1` makes that a failure.
 #![cfg(feature = "cuda")]
 
 use gatefold::cuda::driver::{Buffer, Driver};
@@ -10,17 +10,19 @@ use gatefold::{Element, View, ViewMut, reference};
 use half::{bf16, f16};
 
 mod common;
+use common::simulator::Simulator;
 use common::skip::skipped;
 use common::{assert_rows, naive};
 
-/// The first GPU, or `None` after saying so.
-fn device() -> Option<Device> {
+/// Runs a check in the simulator, then on the first GPU, or says that there is none. `exact` checks compare bits, so the
+/// simulator's approximate instructions must not err at random.
+fn on_devices(exact: bool, check: impl Fn(&dyn Driver)) {
+    check(&Simulator::new(!exact));
     match Device::open(0) {
-        Ok(device) => Some(device),
+        Ok(device) => check(&device),
         Err(error) => {
             assert!(std::env::var_os("GATEFOLD_REQUIRE_CUDA").is_none_or(|value| value != "1"), "{error}");
-            skipped(error);
-            None
+            skipped(format_args!("on a GPU: {error}"));
         }
     }
 }
@@ -224,12 +226,13 @@ fn check_norms<T: Element, W: Element>(driver: &dyn Driver) {
 
 #[test]
 fn rms_norm() {
-    let Some(device) = device() else { return };
-    check_norms::<bf16, f32>(&device);
-    check_norms::<bf16, bf16>(&device);
-    check_norms::<f16, f32>(&device);
-    check_norms::<f16, f16>(&device);
-    check_norms::<f32, f32>(&device);
+    on_devices(false, |driver| {
+        check_norms::<bf16, f32>(driver);
+        check_norms::<bf16, bf16>(driver);
+        check_norms::<f16, f32>(driver);
+        check_norms::<f16, f16>(driver);
+        check_norms::<f32, f32>(driver);
+    });
 }
 
 /// A token's bits do not depend on its neighbours, on the alignment of its row, or on the run; a NaN stays in its row.
@@ -260,10 +263,11 @@ fn check_norm_bits<T: Element>(driver: &dyn Driver) {
 
 #[test]
 fn rms_norm_bits() {
-    let Some(device) = device() else { return };
-    check_norm_bits::<bf16>(&device);
-    check_norm_bits::<f16>(&device);
-    check_norm_bits::<f32>(&device);
+    on_devices(true, |driver| {
+        check_norm_bits::<bf16>(driver);
+        check_norm_bits::<f16>(driver);
+        check_norm_bits::<f32>(driver);
+    });
 }
 
 // --- silu_mul ---------------------------------------------------------------------------------------------------------
@@ -321,10 +325,11 @@ fn check_silus<T: Element>(driver: &dyn Driver) {
 
 #[test]
 fn silu_mul() {
-    let Some(device) = device() else { return };
-    check_silus::<bf16>(&device);
-    check_silus::<f16>(&device);
-    check_silus::<f32>(&device);
+    on_devices(false, |driver| {
+        check_silus::<bf16>(driver);
+        check_silus::<f16>(driver);
+        check_silus::<f32>(driver);
+    });
 }
 
 /// `gate` and `up` as halves of one matrix, the result over the gate; and the same bits wherever the rows lie.
@@ -356,10 +361,11 @@ fn check_silu_bits<T: Element>(driver: &dyn Driver) {
 
 #[test]
 fn silu_mul_bits() {
-    let Some(device) = device() else { return };
-    check_silu_bits::<bf16>(&device);
-    check_silu_bits::<f16>(&device);
-    check_silu_bits::<f32>(&device);
+    on_devices(true, |driver| {
+        check_silu_bits::<bf16>(driver);
+        check_silu_bits::<f16>(driver);
+        check_silu_bits::<f32>(driver);
+    });
 }
 
 // --- far rows ---------------------------------------------------------------------------------------------------------
@@ -415,6 +421,7 @@ fn check_far_rows(driver: &dyn Driver) {
 
 #[test]
 fn far_rows() {
-    let Some(device) = device() else { return };
-    check_far_rows(&device);
+    on_devices(true, |driver| {
+        check_far_rows(driver);
+    });
 }

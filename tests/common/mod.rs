@@ -29,6 +29,7 @@ pub mod data;
 pub mod moe_case;
 pub mod naive;
 pub mod pairs;
+pub mod simulator;
 pub mod skip;
 pub mod strategies;
 pub mod sums;
