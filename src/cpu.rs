@@ -6,6 +6,7 @@
 #![allow(dead_code)] // until every function that uses these is here
 
 mod attention;
+mod expert_ffn;
 mod float;
 mod gemm;
 mod level;
@@ -20,6 +21,7 @@ mod simd;
 mod workspace;
 
 pub use attention::{attention, attention_workspace_bytes};
+pub use expert_ffn::{PackedExperts, PackedFfn, expert_ffn, expert_ffn_workspace_bytes, mlp, mlp_workspace_bytes};
 pub use float::Float;
 pub use level::Level;
 pub use linear::{PackedLinear, linear, linear_heads, linear_workspace_bytes};

@@ -97,8 +97,8 @@ pub trait Activations<S: Simd, P: Product> {
 
 /// What becomes of a finished tile.
 pub trait Epilogue<S: Simd> {
-    /// `c`: `[rows][PANEL]`, the sums. `panel` counts within the weights.
-    fn tile(&mut self, simd: S, panel: usize, tile: TileSpan, c: &[f32]);
+    /// `c`: `[rows][PANEL]`, the sums, which may be overwritten. `panel` counts within the weights.
+    fn tile(&mut self, simd: S, panel: usize, tile: TileSpan, c: &mut [f32]);
 }
 
 /// Sizes of a block's loops.

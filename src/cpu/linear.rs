@@ -395,7 +395,7 @@ struct Store<'a, T, O> {
 
 impl<S: Simd, T: Float, O: Float> Epilogue<S> for Store<'_, T, O> {
     #[inline(always)]
-    fn tile(&mut self, simd: S, panel: usize, tile: TileSpan, c: &[f32]) {
+    fn tile(&mut self, simd: S, panel: usize, tile: TileSpan, c: &mut [f32]) {
         let call = self.call;
         let output = panel * PANEL;
         let width = PANEL.min(call.weight.outputs - output);

@@ -65,7 +65,22 @@ impl<'a, T> Shared<'a, T> {
         self.len
     }
 
-    /// The values `at..at + len`.
+    /// The values `at..at + len`, to read.
+    ///
+    /// # Panics
+    /// If they are not inside the slice.
+    ///
+    /// # Safety
+    /// While the result lives, nobody may have a part to write that shares a value with it.
+    #[inline(always)]
+    pub unsafe fn read(&self, at: usize, len: usize) -> &'a [T] {
+        assert!(at <= self.len && len <= self.len - at, "part {at}..+{len} of {} values", self.len);
+        // SAFETY: `at + len <= self.len` was asserted, `start` points to `self.len` values borrowed for 'a, and the caller
+        // lets nobody write them.
+        unsafe { std::slice::from_raw_parts(self.start.add(at), len) }
+    }
+
+    /// The values `at..at + len`, to write.
     ///
     /// # Panics
     /// If they are not inside the slice.

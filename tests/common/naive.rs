@@ -187,7 +187,7 @@ pub fn linear<T: Element, W: Element, O: Element>(
 }
 
 /// `act(gate) * up`, or `act(up)` of a plain block.
-fn inner(ffn: &Ffn, gate: Option<f32>, up: f32) -> f32 {
+pub fn inner(ffn: &Ffn, gate: Option<f32>, up: f32) -> f32 {
     let act = |x: f32| match ffn.activation {
         Activation::Silu => x / (1.0 + (-x).exp()),
         Activation::GeluErf => x * 0.5 * (1.0 + erf(f64::from(x) / std::f64::consts::SQRT_2) as f32),

@@ -1,7 +1,10 @@
 //! What long sums need: a picture of the naive method that does not hang on one order, and pools of threads.
 
+use super::moe_case::ExpertCase;
+use super::naive::Store;
 use super::tolerance::check_rows;
 use gatefold::Element;
+use gatefold::spec::WeightOn;
 
 /// So many sums give the error of a method; fewer give its luck.
 const ENOUGH: usize = 128;
@@ -38,6 +41,47 @@ pub fn naive_sum(terms: &[f32], extra: f32, exact: f64, starts: usize) -> f32 {
 /// Starts for [`naive_sum`] when there are so many sums.
 pub fn starts_for(sums: usize) -> usize {
     (4096 / sums.max(1)).clamp(8, 64)
+}
+
+/// [`super::naive::expert_ffn`] with every sum as [`naive_sum`] makes it; the fewer values share an error's luck, the more
+/// starts.
+pub fn naive_experts<T: Element, W: Element, O: Element>(case: &ExpertCase<T, W>, store: Store) -> Vec<O> {
+    let (spec, weights) = (&case.spec, case.weights());
+    let (hidden, ids, topk_weights) = (case.hidden.view(), case.ids.view(), case.topk_weights.view());
+    let (ffn, mut terms, mut out) = (&spec.ffn, Vec::new(), Vec::new());
+    let inner_starts = (512 / ffn.intermediate_size).clamp(8, 64);
+    let down_starts = (4096 / (hidden.shape()[0] * ffn.hidden_size).max(1)).clamp(8, 16);
+    let mut sum = |x: &[f32], w: &[W], bias: Option<f32>, starts: usize| {
+        terms.clear();
+        terms.extend(x.iter().zip(w).map(|(x, w)| x * w.to_f32()));
+        let bias = bias.unwrap_or(0.0);
+        let exact = x.iter().zip(w).map(|(x, w)| f64::from(*x) * w.to_f64()).sum::<f64>() + f64::from(bias);
+        naive_sum(&terms, bias, exact, starts)
+    };
+    let round = |x: f32| if store == Store::Storage { T::from_f32(x).to_f32() } else { x };
+    for t in 0..hidden.shape()[0] {
+        let mut total = vec![0.0f32; ffn.hidden_size];
+        for (id, weight) in ids.row(&[t]).iter().zip(topk_weights.row(&[t])) {
+            let Some(expert) = spec.local_expert(*id) else { continue };
+            let w = weights.expert(expert);
+            let on_input = spec.weight_on == WeightOn::Input;
+            let factor = if on_input { *weight } else { 1.0 };
+            let x: Vec<f32> = hidden.row(&[t]).iter().map(|x| factor * x.to_f32()).collect();
+            let inner: Vec<f32> = (0..ffn.intermediate_size)
+                .map(|i| {
+                    let gate = w.gate.map(|g| sum(&x, g.row(&[i]), w.gate_bias.map(|b| b[i]), inner_starts));
+                    let up = sum(&x, w.up.row(&[i]), w.up_bias.map(|b| b[i]), inner_starts);
+                    round(super::naive::inner(ffn, gate, up))
+                })
+                .collect();
+            for (o, total) in total.iter_mut().enumerate() {
+                let y = sum(&inner, w.down.row(&[o]), w.down_bias.map(|b| b[o]), down_starts);
+                *total += if on_input { y } else { weight * y };
+            }
+        }
+        out.extend(total.iter().map(|x| O::from_f32(spec.combine_scale as f32 * x)));
+    }
+    out
 }
 
 /// Bits, to compare exactly.
