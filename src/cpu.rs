@@ -12,12 +12,16 @@ mod gemm;
 mod level;
 mod linear;
 mod math;
+mod mla;
 mod norm;
 mod parallel;
 mod qkv;
+mod retention;
 mod route;
+mod router_logits;
 mod rows;
 mod simd;
+mod wkv;
 mod workspace;
 
 pub use attention::{attention, attention_workspace_bytes};
@@ -25,9 +29,13 @@ pub use expert_ffn::{PackedExperts, PackedFfn, expert_ffn, expert_ffn_workspace_
 pub use float::Float;
 pub use level::Level;
 pub use linear::{PackedLinear, linear, linear_heads, linear_workspace_bytes};
+pub use mla::{PackedMla, mla_absorb_query, mla_project_value, mla_workspace_bytes};
 pub use norm::{add, norm, sigmoid_mul};
 pub use qkv::{kv_append, prepare_qkv, prepare_qkv_workspace_bytes, rope, rope_workspace_bytes};
+pub use retention::{retention, retention_workspace_bytes};
 pub use route::{route, route_workspace_bytes};
+pub use router_logits::{router_logits, router_logits_workspace_bytes};
+pub use wkv::{wkv, wkv_workspace_bytes};
 
 use crate::error::Result;
 use workspace::Workspace;

@@ -68,14 +68,28 @@ impl<'a, T, const N: usize> SharedView<'a, T, N> {
     #[inline(always)]
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn row(&self, index: &[usize]) -> &'a mut [T] {
-        assert_eq!(index.len() + 1, N);
+        // SAFETY: the caller has the whole row.
+        unsafe { self.part(index, 0, self.shape[N - 1]) }
+    }
+
+    /// Columns `at..at + len` of a row.
+    ///
+    /// # Panics
+    /// If they are not inside the row and the slice.
+    ///
+    /// # Safety
+    /// While the result lives, nobody else may have any of them.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn part(&self, index: &[usize], at: usize, len: usize) -> &'a mut [T] {
+        assert!(index.len() + 1 == N && at + len <= self.shape[N - 1]);
         let mut offset = 0;
         for ((i, n), stride) in index.iter().zip(self.shape).zip(self.strides) {
             debug_assert!(*i < n);
             offset += i * stride;
         }
-        // SAFETY: rows of a checked view are disjoint, and the caller has this one alone.
-        unsafe { self.data.part(offset, self.shape[N - 1]) }
+        // SAFETY: elements of a checked view are disjoint, and the caller has these alone.
+        unsafe { self.data.part(offset + at, len) }
     }
 }
 
