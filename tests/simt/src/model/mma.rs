@@ -11,6 +11,10 @@
 //!
 //! A tile is M x N with N a multiple of 8. Work goes column block by column block, 8 lanes wide, so that the compiler can vectorise it.
 
+#[cfg(target_arch = "x86_64")]
+#[path = "mma_avx2.rs"]
+mod avx2;
+
 use super::float::{BF16, E4M3, E5M2, F16, F32, Format, Round, TF32};
 
 /// Element type of A or B.
@@ -271,14 +275,17 @@ fn exact_dispatch(
             d: &mut [u32],
             scratch: &mut Scratch,
         ) {
-            exact(spec, widths, n, k, a, b, c, d, scratch);
+            // the closure has the features of the function around it
+            exact(spec, widths, n, k, a, b, c, d, scratch, |shift, a, b, e, acc| {
+                avx2::fused_step(spec, widths, shift, a, b, e, acc);
+            });
         }
         if is_x86_feature_detected!("avx2") {
             // SAFETY: the CPU has AVX2, as just detected.
             return unsafe { with_avx2(spec, widths, n, k, a, b, c, d, scratch) };
         }
     }
-    exact(spec, widths, n, k, a, b, c, d, scratch);
+    exact(spec, widths, n, k, a, b, c, d, scratch, |shift, a, b, e, acc| fused_step(spec, widths, shift, a, b, e, acc));
 }
 
 /// The model for finite inputs.
@@ -294,11 +301,14 @@ fn exact(
     c: &[u32],
     d: &mut [u32],
     scratch: &mut Scratch,
+    step_of: impl Fn(u32, &[Term], &[[i32; LANES]], &[[i32; LANES]], &mut [u32; LANES]),
 ) {
     let frac = common_fraction(spec);
     let (format_a, format_b) = (spec.a.format(), spec.b.format());
-    scratch.a.clear();
-    scratch.a.extend(a.iter().map(|&x| split(format_a, frac, x)));
+    scratch.a.resize(a.len(), Term::default());
+    for (term, &x) in scratch.a.iter_mut().zip(a) {
+        *term = split(format_a, frac, x);
+    }
     scratch.b.clear();
     scratch.b.resize(n / LANES * k, [0; LANES]);
     scratch.b_exp.clear();
@@ -322,7 +332,7 @@ fn exact(
                 let range = block * k + step * per_step..block * k + (step + 1) * per_step;
                 let a_step = &a_row[step * per_step..(step + 1) * per_step];
                 let before = *d8;
-                fused_step(spec, widths, shift_up, a_step, &scratch.b[range.clone()], &scratch.b_exp[range], d8);
+                step_of(shift_up, a_step, &scratch.b[range.clone()], &scratch.b_exp[range], d8);
                 if step > 0 {
                     // an earlier step overflowed: infinity stays
                     for lane in 0..LANES {
@@ -347,12 +357,13 @@ fn fused_step(
     acc: &mut [u32; LANES],
 ) {
     let format_c = acc_format(spec.acc);
-    let mut terms = [Term::default(); LANES];
-    let mut largest = [0i32; LANES];
+    let mut c_mantissa = [0i32; LANES];
+    let mut c_exp = [0i32; LANES];
     for lane in 0..LANES {
-        terms[lane] = split(format_c, format_c.frac_bits, acc[lane]);
-        largest[lane] = terms[lane].exp;
+        let c = split(format_c, format_c.frac_bits, acc[lane]);
+        (c_mantissa[lane], c_exp[lane]) = (c.mantissa, c.exp);
     }
+    let mut largest = c_exp;
     for (a, exp) in a.iter().zip(b_exp) {
         for lane in 0..LANES {
             largest[lane] = largest[lane].max(a.exp.wrapping_add(exp[lane]));
@@ -381,10 +392,9 @@ fn fused_step(
     let down = (format_c.frac_bits as i32).wrapping_sub(widths.fraction as i32).max(0);
     let mut result = [0f64; LANES];
     for lane in 0..LANES {
-        let c = terms[lane];
-        let sign = c.mantissa >> 31;
-        let magnitude = (c.mantissa ^ sign).wrapping_sub(sign).wrapping_shl(up);
-        let behind = largest[lane].wrapping_sub(c.exp).wrapping_add(down).min(31);
+        let sign = c_mantissa[lane] >> 31;
+        let magnitude = (c_mantissa[lane] ^ sign).wrapping_sub(sign).wrapping_shl(up);
+        let behind = largest[lane].wrapping_sub(c_exp[lane]).wrapping_add(down).min(31);
         let kept = magnitude.wrapping_shr(behind as u32);
         let sum = total[lane] + f64::from((kept ^ sign).wrapping_sub(sign));
         // the scale is far inside the range of f64 unless every term is zero
@@ -403,22 +413,28 @@ fn round_results(acc: Accumulator, widths: Widths, sums: &[f64; LANES], out: &mu
         }
         return;
     }
-    let cut = if widths.result == 13 { !0x3ff } else { !0 };
-    let mut normal = true;
+    // Clearing the low bits of the f64 truncates; the conversion is then exact for results that are normal or too large.
+    let keep = if widths.result == 13 { !0u64 << 39 } else { !0u64 << 29 };
+    let mut subnormal = false;
     for lane in 0..LANES {
-        let bits = sums[lane].to_bits();
-        let field = (bits >> 52 & 0x7ff) as i32;
-        normal &= (1023 - 126..=1023 + 127).contains(&field) || field == 0;
-        let magnitude = (bits & (u64::MAX >> 1)).wrapping_sub(896 << 52) >> 29;
-        let sign = (bits >> 32) as u32 & 0x8000_0000;
-        out[lane] = if field == 0 { 0 } else { sign | (magnitude as u32 & 0x7fff_ffff & cut) };
+        let sum = sums[lane] + 0.0; // -0 becomes +0
+        subnormal |= sum.abs() < f64::from(f32::MIN_POSITIVE) && sum != 0.0;
+        out[lane] = (f64::from_bits(sum.to_bits() & keep) as f32).to_bits();
     }
-    if !normal {
-        for lane in 0..LANES {
-            let sum = sums[lane] + 0.0; // -0 becomes +0
-            let truncated = F32.encode(sum, Round::Zero, false) & cut;
-            let too_large = sum.abs() >= 2f64.powi(128);
-            out[lane] = if too_large { F32.encode(sum, Round::Nearest, false) } else { truncated };
+    if subnormal {
+        round_subnormals(widths, sums, out);
+    }
+}
+
+/// f32 results by truncation where one of them is subnormal: rare.
+#[cold]
+#[inline(never)]
+fn round_subnormals(widths: Widths, sums: &[f64; LANES], out: &mut [u32; LANES]) {
+    let cut = if widths.result == 13 { !0x3ff } else { !0 };
+    for lane in 0..LANES {
+        let sum = sums[lane] + 0.0;
+        if sum.abs() < f64::from(f32::MIN_POSITIVE) {
+            out[lane] = F32.encode(sum, Round::Zero, false) & cut;
         }
     }
 }
