@@ -1,5 +1,7 @@
 //! How fast the simulator runs, with every check on: `cargo bench -p simt`.
 
+use simt::model::smem::Swizzle;
+use simt::model::tensor_map::{ElementType, TensorMap};
 use simt::{Finding, Launch, Module, Sim};
 
 /// An elementwise loop: loads, f32 arithmetic, shared memory, barriers.
@@ -151,5 +153,27 @@ fn main() {
         let flops = report.counters.mma_flops as f64 / seconds / 1e9;
         let rate = report.counters.instructions as f64 / seconds / 1e6;
         println!("mma.sync bf16, {name}: {flops:.2} GFLOP/s, {rate:.2} M warp-instructions/s");
+    }
+
+    // The warp-specialised pipeline of the tests: TMA, mbarriers, wgmma.
+    let m = Module::parse("gemm_pipeline.ptx", include_str!("../tests/kernels/gemm_pipeline.ptx")).unwrap();
+    let (rows, cols, k) = (64 * 2, 128 * 2, 1024u32);
+    let values = |n: u32| -> Vec<u16> { (0..n).map(|i| 0x3f00 | (i % 61) as u16).collect() };
+    let (a, b) = (sim.upload(&values(rows * k)), sim.upload(&values(cols * k)));
+    let c = sim.alloc(u64::from(4 * rows * cols));
+    let map = |address, rows: u32, box_rows| {
+        TensorMap::dense(ElementType::Bf16, address, &[u64::from(k), u64::from(rows)], &[64, box_rows], Swizzle::B128)
+    };
+    let dims = [u64::from(cols), u64::from(rows)];
+    let map_c = TensorMap::dense(ElementType::F32, c, &dims, &[32, 64], Swizzle::B128);
+    for (name, numerics) in [("exact", None), ("fast", Some(simt::model::mma::Numerics::Fast))] {
+        let mut launch = Launch::new([cols / 128, rows / 64, 1], [256, 1, 1]).smem(106_544);
+        launch = launch.arg(&map(a, rows, 64)).arg(&map(b, cols, 128)).arg(&map_c).arg(k);
+        launch.numerics = numerics;
+        let start = cpu_seconds();
+        let report = sim.launch(&m, "gemm_pipeline", &launch).unwrap();
+        report.assert_clean();
+        let seconds = cpu_seconds() - start;
+        println!("wgmma bf16 with TMA, {name}: {:.2} GFLOP/s", report.counters.mma_flops as f64 / seconds / 1e9);
     }
 }

@@ -37,7 +37,7 @@ findings! {
     UninitGlobal: false,
     /// Two accesses to one byte of shared memory, at least one a write, that nothing orders.
     SharedRace: false,
-    /// Two blocks write one byte of global memory without atomics and without synchronisation.
+    /// Two blocks, or two lanes of one store, write one byte of global memory without atomics and without synchronisation.
     GlobalWriteConflict: false,
     /// A block reads what another block of the launch wrote, without synchronisation.
     GlobalRace: false,

@@ -1,9 +1,13 @@
 //! Global memory: buffers far apart in a 64-bit space, pages on demand, a tag per byte.
 
+use std::collections::VecDeque;
+
 use crate::window::{BUFFER_BITS, MODULE_VARS};
 
 const PAGE_BITS: u32 = 16;
 const PAGE: u64 = 1 << PAGE_BITS;
+/// Addresses have 64 bits, of which 44 count within a buffer.
+const MAX_BUFFERS: usize = 1 << 18;
 
 /// Tags of a byte: who wrote it.
 const UNINIT: u32 = 0;
@@ -38,18 +42,21 @@ struct Buffer {
     table: Vec<u32>,
     pages: Vec<Page>,
     read_only: bool,
+    live: bool,
 }
 
 /// All buffers. Buffer `i` begins at `i << 44`; numbers 0 and 1 are not for users.
 #[derive(Debug, Default)]
 pub(crate) struct Global {
     buffers: Vec<Buffer>,
+    /// Numbers of freed buffers, oldest first; used again only when numbers run out.
+    freed: VecDeque<u32>,
     dirty: Vec<(u32, u32)>,
 }
 
 impl Buffer {
     fn new(len: u64) -> Self {
-        Buffer { len, table: vec![0; len.div_ceil(PAGE) as usize], pages: vec![], read_only: false }
+        Buffer { len, table: vec![0; len.div_ceil(PAGE) as usize], pages: vec![], read_only: false, live: true }
     }
 
     fn page(&self, offset: u64) -> Option<&Page> {
@@ -79,15 +86,22 @@ impl Global {
         while self.buffers.len() < 2 {
             self.buffers.push(Buffer::default());
         }
+        if self.buffers.len() >= MAX_BUFFERS {
+            let number = self.freed.pop_front().expect("fewer than 2^18 buffers at a time");
+            self.buffers[number as usize] = Buffer::new(len);
+            return u64::from(number) << BUFFER_BITS;
+        }
         self.buffers.push(Buffer::new(len));
         ((self.buffers.len() - 1) as u64) << BUFFER_BITS
     }
 
     /// Frees a buffer: later accesses are out of bounds.
     pub(crate) fn free(&mut self, address: u64) -> bool {
-        let known = address.trailing_zeros() >= BUFFER_BITS && self.len(address).is_some();
+        let known = address.trailing_zeros() >= BUFFER_BITS
+            && self.buffers.get((address >> BUFFER_BITS) as usize).is_some_and(|b| b.live);
         if known {
             self.buffers[(address >> BUFFER_BITS) as usize] = Buffer::default();
+            self.freed.push_back((address >> BUFFER_BITS) as u32);
         }
         known
     }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use crate::clock::Tag;
 use crate::decode::{self, ModuleVar};
 use crate::finding::{Finding, Mode, Report};
 use crate::global::Global;
@@ -336,6 +337,14 @@ fn check(kernel: &Kernel, launch: &Launch) -> Result<Vec<u8>, LaunchError> {
     }
     if !(1..=16).contains(&ctas) || (0..3).any(|i| !launch.grid[i].is_multiple_of(launch.cluster[i])) {
         return fail(format!("clusters of {:?} blocks in a grid of {:?}", launch.cluster, launch.grid));
+    }
+    // What the clocks of happens-before can tell apart, with room for mbarriers.
+    let parties = ctas * threads.div_ceil(32) * if kernel.uses.wgmma || kernel.uses.bulk { 4 } else { 2 };
+    if parties + 256 > Tag::MAX_COMPONENTS as u64 {
+        return fail(format!(
+            "a cluster of {} warps is more than the simulator can follow",
+            ctas * threads.div_ceil(32)
+        ));
     }
     if kernel.reqntid.is_some_and(|r| r != launch.block) {
         return fail(format!("block {:?}, `.reqntid` asks for {:?}", launch.block, kernel.reqntid.unwrap_or_default()));

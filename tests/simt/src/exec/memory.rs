@@ -405,7 +405,9 @@ pub(super) fn store(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, access: &Access
         && access.addr.space != Space::Local
     {
         let values = format!("lanes {a} and {b} of one store write different values to {:#x}", raw[b]);
-        cx.report(site, Some(b as u32), Finding::SharedRace, values);
+        let shared = resolve(access.addr.space, raw[b]).0 == Space::SharedCluster;
+        let finding = if shared { Finding::SharedRace } else { Finding::GlobalWriteConflict };
+        cx.report(site, Some(b as u32), finding, values);
     }
 }
 
