@@ -3,8 +3,8 @@
 use super::linear::{linear_bytes, linear_in};
 use super::rows::{RowKernel, SharedView, for_rows, rows_per_item};
 use super::simd::Simd;
-use super::workspace::part_bytes;
-use super::{Cpu, Float, PackedLinear};
+use super::workspace::{Carver, part_bytes};
+use super::{Cpu, Float, Level, PackedLinear};
 use crate::args::check_router_logits;
 use crate::error::{Error, Result};
 use crate::spec::Router;
@@ -39,16 +39,31 @@ pub fn router_logits<T: Float>(
         return Err(Error::Shape { argument: "weight".into(), expected: expected.to_vec(), found: found.to_vec() });
     }
     let mut carver = cpu.workspace.carve(router_logits_workspace_bytes::<T>(cpu, spec, weight, num_tokens));
+    router_logits_in(cpu.level, &mut carver, spec, hidden, weight, bias, seed, logits);
+    Ok(())
+}
+
+/// [`router_logits`] without its checks, in memory that is already there.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn router_logits_in<T: Float>(
+    level: Level,
+    carver: &mut Carver<'_>,
+    spec: &Router,
+    hidden: View<'_, T, 2>,
+    weight: &PackedLinear,
+    bias: Option<&[f32]>,
+    seed: u64,
+    logits: ViewMut<'_, f32, 2>,
+) {
+    let [num_tokens, width] = hidden.shape();
     let Some(jitter) = spec.jitter else {
-        linear_in(cpu.level, &mut carver, hidden, weight, bias, logits);
-        return Ok(());
+        return linear_in(level, carver, hidden, weight, bias, logits);
     };
     let jittered = carver.part::<f32>(num_tokens * width);
     let mut rows = ViewMut::new(jittered, [num_tokens, width]);
     let kernel = Jitter { hidden, jitter: jitter as f32, seed, out: SharedView::new(&mut rows) };
-    for_rows(cpu.level, num_tokens, rows_per_item(32 * width), &kernel);
-    linear_in(cpu.level, &mut carver, rows.as_view(), weight, bias, logits);
-    Ok(())
+    for_rows(level, num_tokens, rows_per_item(32 * width), &kernel);
+    linear_in(level, carver, rows.as_view(), weight, bias, logits);
 }
 
 /// Workspace of [`router_logits`] for activations `T`, in the thread pool of the caller.

@@ -1,6 +1,6 @@
 //! Feed-forward: one block, the experts, the shared expert, and the whole mixture.
 
-use super::{Router, finite, positive, positive_number};
+use super::{Router, Selection, finite, positive, positive_number};
 use crate::error::{Error, Result};
 
 /// What lies between the two projections.
@@ -244,6 +244,10 @@ impl Moe {
         if self.router.num_experts != self.experts.num_experts {
             let expected = format!("the router's ({})", self.router.num_experts);
             return Err(Error::value("experts.num_experts", expected, self.experts.num_experts));
+        }
+        if self.selection_bias && !matches!(self.router.selection, Selection::TopK | Selection::Prototypes) {
+            let found = format!("{:?}", self.router.selection);
+            return Err(Error::value("router.selection", "TopK or Prototypes with a selection bias", found));
         }
         if let Some(shared) = &self.shared {
             shared.ffn.validate()?;

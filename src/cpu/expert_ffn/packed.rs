@@ -135,7 +135,7 @@ impl PackedExperts {
 
     /// `Ok` if a call's specification is the one that was packed, but for what may change from call to call: the place of the
     /// weight and the scale.
-    pub(super) fn check(&self, spec: &ExpertFfn) -> Result<()> {
+    pub(in crate::cpu) fn check(&self, spec: &ExpertFfn) -> Result<()> {
         let mut packed = self.spec;
         packed.weight_on = spec.weight_on;
         packed.combine_scale = spec.combine_scale;
