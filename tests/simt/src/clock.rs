@@ -158,11 +158,37 @@ pub(crate) struct Shared {
     writer: Vec<u32>,
     readers: Vec<u32>,
     sets: Readers,
+    /// Every byte with a tag lies in here.
+    touched: std::ops::Range<usize>,
 }
 
 impl Shared {
     pub(crate) fn new(bytes: usize) -> Self {
-        Shared { data: vec![0; bytes], writer: vec![0; bytes], readers: vec![0; bytes], sets: Readers::default() }
+        Shared {
+            data: vec![0; bytes],
+            writer: vec![0; bytes],
+            readers: vec![0; bytes],
+            sets: Readers::default(),
+            touched: 0..0,
+        }
+    }
+
+    /// For the next block: nothing is initialised, the bytes are what the last block left.
+    pub(crate) fn reset(&mut self) {
+        let touched = std::mem::take(&mut self.touched);
+        self.writer[touched.clone()].fill(0);
+        self.readers[touched].fill(0);
+        self.sets = Readers::default();
+    }
+
+    #[inline]
+    fn touch(&mut self, at: usize, n: usize) {
+        if self.touched.is_empty() {
+            self.touched = at..at + n;
+        } else {
+            self.touched.start = self.touched.start.min(at);
+            self.touched.end = self.touched.end.max(at + n);
+        }
     }
 
     /// Records a read of `n` bytes by `me` and checks it against `clock`. With `fenced`, the reader is the asynchronous proxy
@@ -177,6 +203,7 @@ impl Shared {
         strong: bool,
         fenced: Option<(&Clock, &dyn Fn(u32) -> bool)>,
     ) -> Option<(usize, Clash)> {
+        self.touch(at, n);
         let mut result = None;
         let mut last = 0;
         for (i, &w) in self.writer[at..at + n].iter().enumerate() {
@@ -225,6 +252,7 @@ impl Shared {
         clock: &Clock,
         fenced: Option<(&Clock, &dyn Fn(u32) -> bool)>,
     ) -> Option<(usize, Clash)> {
+        self.touch(at, n);
         let mut result = None;
         let (mut last_w, mut last_r) = (0, 0);
         for i in at..at + n {

@@ -30,7 +30,11 @@ pub(crate) fn run(cx: &mut Cx<'_>) {
             return;
         }
         if resident[which].running == 0 && crate::hopper::finish(cx, &mut resident[which]) {
-            resident.swap_remove(which);
+            for cta in resident.swap_remove(which).ctas {
+                let mut shared = cta.shared;
+                shared.reset();
+                cx.shared_pool.push(shared);
+            }
         }
     }
 }

@@ -305,6 +305,7 @@ impl Sim {
             counted: false,
             scratch: Scratch::default(),
             tiles: Default::default(),
+            shared_pool: vec![],
             released: HashMap::new(),
         };
         check_limits(&mut cx);

@@ -62,6 +62,8 @@ pub(crate) struct Cx<'a> {
     pub counted: bool,
     pub scratch: Scratch,
     pub tiles: [Vec<u32>; 4],
+    /// Shared memories of blocks that have ended, for those to come.
+    pub shared_pool: Vec<Shared>,
     /// Blocks known to whoever acquires at this global address.
     pub released: HashMap<u64, HashSet<u32>>,
 }
@@ -343,7 +345,7 @@ impl Warp {
 
 impl Cluster {
     /// Builds the cluster whose first block has the coordinates `origin`.
-    pub(crate) fn new(cx: &Cx<'_>, origin: [u32; 3]) -> Cluster {
+    pub(crate) fn new(cx: &mut Cx<'_>, origin: [u32; 3]) -> Cluster {
         let (kernel, config) = (cx.kernel, cx.config);
         let [cw, ch, cd] = config.cluster;
         let threads = config.block.iter().product::<u32>();
@@ -361,13 +363,16 @@ impl Cluster {
             let inside = [rank % cw, rank / cw % ch, rank / (cw * ch)];
             let block: [u32; 3] = std::array::from_fn(|i| origin[i] + inside[i]);
             let linear = block[0] + config.grid[0] * (block[1] + config.grid[1] * block[2]);
-            let mut shared = Shared::new(smem as usize);
-            // Static and dynamic shared memory begin with whatever was there.
-            let mut noise = Rng(config.seed ^ u64::from(linear) << 20);
-            for chunk in shared.data.chunks_mut(8) {
-                let bytes = noise.next().to_le_bytes();
-                chunk.copy_from_slice(&bytes[..chunk.len()]);
-            }
+            // Shared memory begins with whatever was there: noise, or what an earlier block left.
+            let shared = cx.shared_pool.pop().unwrap_or_else(|| {
+                let mut shared = Shared::new(smem as usize);
+                let mut noise = Rng(config.seed ^ (u64::from(linear) << 20));
+                for chunk in shared.data.chunks_mut(8) {
+                    let bytes = noise.next().to_le_bytes();
+                    chunk.copy_from_slice(&bytes[..chunk.len()]);
+                }
+                shared
+            });
             cluster.ctas.push(Cta {
                 block,
                 linear,
