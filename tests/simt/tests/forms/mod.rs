@@ -16,6 +16,7 @@ pub mod int;
 pub mod matrix;
 pub mod memory;
 pub mod modifiers;
+pub mod record;
 pub mod warp;
 
 use simt::model::approx::{Function, bound, exact};
