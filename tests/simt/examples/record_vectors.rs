@@ -7,8 +7,10 @@ use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::process::ExitCode;
 
 use cudarc::driver::sys;
-use forms::Form;
 use forms::record::Line;
+use forms::{Base, Form};
+use simt::model::smem::Swizzle;
+use simt::model::tensor_map::{ElementType, TensorMap};
 
 /// A driver call that failed.
 fn check(what: &str, result: sys::CUresult) -> Result<(), String> {
@@ -120,6 +122,43 @@ fn run(form: &Form) -> Result<Vec<u64>, String> {
     result
 }
 
+/// The driver's form of a tensor map whose addresses count from `base`.
+fn encode(map: &TensorMap, base: u64) -> Result<sys::CUtensorMap, String> {
+    use sys::{
+        CUtensorMapDataType_enum as T, CUtensorMapFloatOOBfill_enum as F, CUtensorMapInterleave_enum as I,
+        CUtensorMapL2promotion_enum as P, CUtensorMapSwizzle_enum as S,
+    };
+    if map.element != ElementType::U32 {
+        return Err("only u32 tensors are recorded".into());
+    }
+    let swizzle = match map.swizzle {
+        Swizzle::None => S::CU_TENSOR_MAP_SWIZZLE_NONE,
+        Swizzle::B32 => S::CU_TENSOR_MAP_SWIZZLE_32B,
+        Swizzle::B64 => S::CU_TENSOR_MAP_SWIZZLE_64B,
+        Swizzle::B128 => S::CU_TENSOR_MAP_SWIZZLE_128B,
+    };
+    // SAFETY: a plain structure of integers, for which zeros are a value.
+    let mut out: sys::CUtensorMap = unsafe { std::mem::zeroed() };
+    // SAFETY: all arrays have one entry per dimension (strides one less), as `TensorMap::dense` makes them; `out` is a place for one map.
+    let result = unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut out,
+            T::CU_TENSOR_MAP_DATA_TYPE_UINT32,
+            map.rank() as u32,
+            (base + map.address) as *mut c_void,
+            map.dims.as_ptr(),
+            map.strides.as_ptr(),
+            map.box_dims.as_ptr(),
+            map.element_strides.as_ptr(),
+            I::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzle,
+            P::CU_TENSOR_MAP_L2_PROMOTION_NONE,
+            F::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    };
+    check("cuTensorMapEncodeTiled", result).map(|()| out)
+}
+
 fn launch(form: &Form, module: sys::CUmodule, entry: &CStr) -> Result<Vec<u64>, String> {
     let mut function: sys::CUfunction = std::ptr::null_mut();
     // SAFETY: `module` is loaded, `entry` zero-terminated.
@@ -129,9 +168,17 @@ fn launch(form: &Form, module: sys::CUmodule, entry: &CStr) -> Result<Vec<u64>, 
     let scratch = Buffer::new(&vec![0; 512 * form.blocks as usize])?;
     let mut addresses = [input.0, output.0, scratch.0];
     let [a, b, c] = &mut addresses;
-    let mut arguments: [*mut c_void; 3] = [(a as *mut u64).cast(), (b as *mut u64).cast(), (c as *mut u64).cast()];
+    let mut arguments: Vec<*mut c_void> = [a, b, c].map(|x| (x as *mut u64).cast()).to_vec();
+    let mut encoded = match &form.map {
+        Some((map, Base::Input)) => Some(encode(map, input.0)?),
+        Some((map, Base::Scratch)) => Some(encode(map, scratch.0)?),
+        None => None,
+    };
+    if let Some(map) = &mut encoded {
+        arguments.push((map as *mut sys::CUtensorMap).cast());
+    }
     let (blocks, threads): (c_uint, c_uint) = (form.blocks, form.threads);
-    // SAFETY: every form takes exactly three 64-bit addresses; the buffers have the sizes that its text uses; the cluster shape is in the text.
+    // SAFETY: every form takes three 64-bit addresses and, where it has one, a tensor map; the buffers have the sizes that its text uses; the cluster shape is in the text.
     unsafe {
         let stream = std::ptr::null_mut();
         check(

@@ -11,19 +11,6 @@ fn runs(count: u64) -> impl Iterator<Item = (u64, Mode)> {
     seeds(count).flat_map(|seed| [(seed, Mode::LockStep), (seed, Mode::Split)])
 }
 
-/// `None` where the decoder does not know an instruction of the kernel yet.
-fn load_hopper(name: &str) -> Option<Module> {
-    let path = format!("{}/tests/kernels/{name}.ptx", env!("CARGO_MANIFEST_DIR"));
-    match Module::parse(&format!("{name}.ptx"), &std::fs::read_to_string(&path).unwrap()) {
-        Ok(module) => Some(module),
-        Err(e) if ["`wgmma`", "`mbarrier`"].iter().any(|i| e.to_string().contains(i)) => {
-            println!("PENDING: {e}");
-            None
-        }
-        Err(e) => panic!("{e}"),
-    }
-}
-
 fn load(name: &str) -> Module {
     let path = format!("{}/tests/kernels/{name}.ptx", env!("CARGO_MANIFEST_DIR"));
     let text = std::fs::read_to_string(&path).unwrap();
@@ -191,7 +178,7 @@ fn bf16_map(address: u64, rows: usize, cols: usize, box_rows: u32) -> TensorMap 
 
 #[test]
 fn gemm_with_wgmma_and_tma() {
-    let Some(module) = load_hopper("gemm_wgmma") else { return };
+    let module = load("gemm_wgmma");
     for (seed, mode) in runs(8) {
         for numerics in [Numerics::Exact(Arch::Hopper), Numerics::Fast] {
             let (m, n, k) = (64, 128, 64 * (1 + seed as usize % 3));
@@ -218,7 +205,7 @@ fn gemm_with_wgmma_and_tma() {
 
 #[test]
 fn warp_specialised_pipeline() {
-    let Some(module) = load_hopper("gemm_pipeline") else { return };
+    let module = load("gemm_pipeline");
     for (seed, mode) in runs(8) {
         for numerics in [Numerics::Exact(Arch::Hopper), Numerics::Fast] {
             let (m, n, k) = (64, 128, 64 * (1 + seed as usize % 7));
@@ -264,7 +251,7 @@ fn cluster_sum_through_distributed_shared_memory() {
 
 #[test]
 fn cluster_multicast_loads() {
-    let Some(module) = load_hopper("cluster_multicast") else { return };
+    let module = load("cluster_multicast");
     for (seed, mode) in runs(40) {
         let pairs = 2u32;
         let data: Vec<u32> = (0..pairs * 2048).map(|i| i * 3 + 1).collect();
@@ -283,7 +270,7 @@ fn cluster_multicast_loads() {
 
 #[test]
 fn cluster_sends() {
-    let Some(module) = load_hopper("cluster_send") else { return };
+    let module = load("cluster_send");
     for (seed, mode) in runs(40) {
         let mut random = Random(seed + 3);
         let blocks = 4usize;

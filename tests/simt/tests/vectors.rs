@@ -5,6 +5,7 @@ mod forms;
 use forms::record::{Line, hash, header, inputs_hash};
 use forms::{Expect, Form};
 use simt::model::mma::{Arch, Numerics};
+use simt::model::tensor_map::TensorMap;
 use simt::{Launch, Module, Sim};
 
 fn simulate(form: &Form, arch: Arch) -> Vec<u64> {
@@ -13,12 +14,16 @@ fn simulate(form: &Form, arch: Arch) -> Vec<u64> {
     let input = sim.upload(&form.input_slots());
     let out = sim.upload(&vec![0u64; form.output_len()]);
     let scratch = sim.alloc(4096 * u64::from(form.blocks));
-    let launch = Launch::new([form.blocks, 1, 1], [form.threads, 1, 1])
+    let mut launch = Launch::new([form.blocks, 1, 1], [form.threads, 1, 1])
         .cluster([form.cluster, 1, 1])
         .arg(input)
         .arg(out)
         .arg(scratch)
         .numerics(Numerics::Exact(arch));
+    if let Some((map, base)) = &form.map {
+        let at = if *base == forms::Base::Input { input } else { scratch };
+        launch = launch.arg(&TensorMap { address: map.address + at, ..map.clone() });
+    }
     sim.launch(&module, &form.name, &launch).unwrap_or_else(|e| panic!("{e}")).assert_clean();
     sim.read(out, form.output_len())
 }

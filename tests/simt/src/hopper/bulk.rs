@@ -237,6 +237,7 @@ fn one(
                 lane,
                 group: cl.warps[w].hopper.bulk_commits[lane],
                 seq: cl.warps[w].hopper.bulk_seq,
+                read: false,
             };
             cl.warps[w].hopper.bulks.push(record);
             let reduce = match (op.kind, map) {
@@ -499,21 +500,26 @@ pub(crate) fn commit(cl: &mut Cluster, w: usize, mask: u32) {
 pub(crate) fn wait(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, groups: u32, read: bool, mask: u32) {
     let state = &mut cl.warps[w].hopper;
     let commits = state.bulk_commits;
-    let (done, open): (Vec<_>, Vec<_>) = std::mem::take(&mut state.bulks)
+    let (mut done, open): (Vec<_>, Vec<_>) = std::mem::take(&mut state.bulks)
         .into_iter()
         .partition(|b| mask >> b.lane & 1 != 0 && b.group + groups < commits[b.lane]);
     state.bulks = open;
-    let reached = state.bulks.iter().map(|b| b.seq - 1).min().unwrap_or(state.bulk_seq - 1);
-    for record in done {
+    // What a `.read` has seen stays open for the wait that covers the writes.
+    for record in &mut done {
         let Some(i) = cl.hopper.transfers.iter().position(|t| !t.signals() && t.id == record.id) else { continue };
+        let mut transfer = cl.hopper.transfers.swap_remove(i);
         if read {
-            let mut transfer = cl.hopper.transfers.swap_remove(i);
             capture(cl, &mut transfer);
             cl.hopper.transfers.push(transfer);
         } else {
-            let transfer = cl.hopper.transfers.swap_remove(i);
             complete(cx, cl, transfer);
         }
+        record.read = read;
+    }
+    let state = &mut cl.warps[w].hopper;
+    let reached = state.bulks.iter().filter(|b| !b.read).map(|b| b.seq - 1).min().unwrap_or(state.bulk_seq - 1);
+    if read {
+        state.bulks.extend(done);
     }
     let warp = &mut cl.warps[w];
     warp.clock.raise(warp.component + 3, reached);

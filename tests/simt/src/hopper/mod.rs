@@ -39,6 +39,8 @@ pub(crate) struct BulkRecord {
     /// Commits of the lane before it.
     pub group: u32,
     pub seq: u32,
+    /// A `wait_group.read` has seen its source free; the destination is still open.
+    pub read: bool,
 }
 
 /// Per warp.
@@ -197,7 +199,7 @@ pub(crate) fn finish(cx: &mut Cx<'_>, cl: &mut Cluster) -> bool {
 /// Bulk copies and wgmmas of these lanes that were not waited for.
 pub(crate) fn check_exit(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, mask: u32) {
     let warp = &cl.warps[w];
-    if let Some(b) = warp.hopper.bulks.iter().find(|b| mask >> b.lane & 1 != 0) {
+    if let Some(b) = warp.hopper.bulks.iter().find(|b| mask >> b.lane & 1 != 0 && !b.read) {
         let values = "bulk copies were not waited for".to_string();
         cx.report(warp.site(), Some(b.lane as u32), Finding::OpenGroupsAtExit, values);
     }

@@ -21,6 +21,9 @@ const L2_EVICT: &str = "L2::evict_normal|L2::evict_first|L2::evict_last";
 const PREFETCH: &str = "L2::64B|L2::128B|L2::256B";
 const SCOPE: &str = "cta|cluster|gpu|sys";
 const RND: &str = "rn|rz|rm|rp";
+/// 9.7.15.2: integers have fewer shapes.
+const WGMMA_INT: &str = "m64n8k32|m64n16k32|m64n24k32|m64n32k32|m64n48k32|m64n64k32|m64n80k32|m64n96k32|m64n112k32|m64n128k32|\
+    m64n144k32|m64n160k32|m64n176k32|m64n192k32|m64n208k32|m64n224k32|m64n240k32|m64n256k32";
 
 /// The table. Upper-case words stand for the lists above.
 const TABLE: &[(&str, &str, &str)] = &[
@@ -220,7 +223,7 @@ const TABLE: &[(&str, &str, &str)] = &[
     ("wgmma", "bf16", "mma_async sync aligned WGMMA_K16 f32 bf16 bf16"),
     ("wgmma", "tf32", "mma_async sync aligned WGMMA_K8 f32 tf32 tf32"),
     ("wgmma", "fp8", "mma_async sync aligned WGMMA_K32 f16|f32 e4m3|e5m2 e4m3|e5m2"),
-    ("wgmma", "int", "mma_async sync aligned WGMMA_K32 satfinite? s32 u8|s8 u8|s8"),
+    ("wgmma", "int", "mma_async sync aligned WGMMA_INT satfinite? s32 u8|s8 u8|s8"),
     ("setmaxnreg", "any", "inc|dec sync aligned u32"),
     ("griddepcontrol", "any", "launch_dependents|wait"),
     // 9.7.12 control flow
@@ -272,6 +275,7 @@ fn expand(word: &'static str) -> Vec<&'static str> {
             "WGMMA_K8" => wgmma_shapes(8).split('|'),
             "WGMMA_K16" => wgmma_shapes(16).split('|'),
             "WGMMA_K32" => wgmma_shapes(32).split('|'),
+            "WGMMA_INT" => WGMMA_INT.split('|'),
             other => other.split('|'),
         })
         .collect()

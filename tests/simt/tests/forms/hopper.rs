@@ -60,11 +60,15 @@ fn wgmma_float(all: &mut Vec<Form>) {
             fraction: if fp8 { 13 } else { 25 },
             result_bits: if fp8 { 13 } else { 23 },
         };
-        for n in [8usize, 16, 40, 64] {
-            if n > 16 && !(a == "bf16" || a == "f16") {
-                continue;
-            }
+        for n in (8..=256usize).step_by(8) {
+            // above 64 columns: one block, no C
+            let wide = n > 64;
             for from_registers in [false, true] {
+                // the wide shapes once for every row of the table of types
+                let main = d == "f32" && a == b && a != "e5m2";
+                if wide && (from_registers != (n % 16 == 0) || !main) {
+                    continue;
+                }
                 // 16-bit types take two immediates for the major order, others none; 16 columns also test the sign immediates and scale-d
                 let negate = n == 16;
                 let scales = if negate { "-1, -1" } else { "1, 1" };
@@ -80,27 +84,42 @@ fn wgmma_float(all: &mut Vec<Form>) {
                 form.threads = 128;
                 // operands come as 32-bit words so that they are sensible numbers: A (4 words), B (4 words), C
                 form.inputs = vec![(32, Domain::Matrix(ea)); 4];
-                form.inputs.extend(vec![(32, Domain::Matrix(eb)); 4]);
-                form.inputs
-                    .extend(vec![(32, Domain::Matrix(if d == "f16" { Element::F16 } else { Element::F32 })); nd]);
-                form.inputs.push((32, Domain::Below(2)));
+                // 2 n chunks of B, up to four per thread
+                let nb = (2 * n).div_ceil(128);
+                form.inputs.extend(vec![(32, Domain::Matrix(eb)); 4 * nb]);
+                let first_c = 4 + 4 * nb;
+                let num_c = if wide { 0 } else { nd };
+                let c_element = if d == "f16" { Element::F16 } else { Element::F32 };
+                form.inputs.extend(vec![(32, Domain::Matrix(c_element)); num_c]);
+                form.inputs.push((32, Domain::Below(if wide { 1 } else { 2 })));
                 form.outputs = vec![32; nd];
-                let scale_input = 8 + nd;
+                form.blocks = if n > 16 { 1 } else { 8 };
+                let scale_input = first_c + num_c;
                 let mut body = String::from(
-                    ".shared .align 128 .b8 smem[4096];\n.reg .b32 p, q, scale;\n.reg .pred use_d, has_b;\nmov.u32 p, smem;\nmad.lo.u32 q, tid, 16, p;\n",
+                    ".shared .align 128 .b8 smem[10240];\n.reg .b32 p, q, scale;\n.reg .pred use_d, has_b;\nmov.u32 p, smem;\nmad.lo.u32 q, tid, 16, p;\n",
                 );
                 if !from_registers {
                     body += "st.shared.v4.b32 [q], {a0, a1, a2, a3};\n";
                 }
-                body += &format!(
-                    "setp.lt.u32 has_b, tid, {};\n@has_b st.shared.v4.b32 [q + 2048], {{a4, a5, a6, a7}};\n{FENCE}\n",
-                    2 * n
-                );
+                for part in 0..nb {
+                    let list = (4 + 4 * part..8 + 4 * part).map(|i| format!("a{i}")).collect::<Vec<_>>().join(", ");
+                    body += &format!(
+                        "setp.lt.u32 has_b, tid, {};\n@has_b st.shared.v4.b32 [q + {}], {{{list}}};\n",
+                        2 * n - 128 * part,
+                        2048 * (part + 1)
+                    );
+                }
+                body += FENCE;
+                body += "\n";
                 // chunk (row, half) of A at 16 (row + 64 half): stride between groups of 8 rows 128, leading between halves 1024
                 body += &descriptor("da", "p", 0, 1024, 128, 0);
                 body += &descriptor("db", "p", 2048, 16 * n as u32, 128, 0);
                 for i in 0..nd {
-                    body += &format!("mov.b32 d{i}, a{};\n", 8 + i);
+                    body += &if wide {
+                        format!("mov.b32 d{i}, 0;\n")
+                    } else {
+                        format!("mov.b32 d{i}, a{};\n", first_c + i)
+                    };
                 }
                 // the predicate must be the same in all threads: thread 0's
                 body += &format!(
@@ -117,8 +136,9 @@ fn wgmma_float(all: &mut Vec<Form>) {
                 form.expect = super::Expect::Block(Box::new(move |v| {
                     let words = |first: usize, t: usize, i: usize| raw(v, first, t, bits, i);
                     let per = 128 / bits;
+                    let word_b = |chunk: usize, i: usize| words(4 + 4 * (chunk / 128), chunk % 128, i);
                     let rows_b: Vec<Vec<u32>> =
-                        (0..n).map(|r| (0..k).map(|i| words(4, r + n * (i / per), i % per)).collect()).collect();
+                        (0..n).map(|r| (0..k).map(|i| word_b(r + n * (i / per), i % per)).collect()).collect();
                     let rows_a: Vec<Vec<u32>> = if from_registers {
                         let mut rows = vec![vec![0; k]; 64];
                         for t in 0..128 {
@@ -137,7 +157,7 @@ fn wgmma_float(all: &mut Vec<Form>) {
                     for t in 0..128 {
                         for i in 0..n / 2 {
                             let (row, col) = c_position(t % 32, i);
-                            let c = if scale == 0 { 0 } else { raw(v, 8, t, width, i) };
+                            let c = if scale == 0 { 0 } else { raw(v, first_c, t, width, i) };
                             let pairs: Vec<_> =
                                 rows_a[16 * (t / 32) + row].iter().copied().zip(rows_b[col].iter().copied()).collect();
                             // both operands negated: the product is the same
@@ -153,73 +173,82 @@ fn wgmma_float(all: &mut Vec<Form>) {
 }
 
 fn wgmma_integer(all: &mut Vec<Form>) {
+    let mut shapes = vec![];
     for (a, b) in [("s8", "s8"), ("u8", "u8"), ("s8", "u8"), ("u8", "s8")] {
-        for satfinite in [false, true] {
-            for from_registers in [false, true] {
-                let sat = if satfinite { ".satfinite" } else { "" };
-                let m = format!("wgmma.mma_async.sync.aligned.m64n8k32{sat}.s32.{a}.{b}");
-                let mut form = block(
-                    format!("{}_{}", ident(&m), if from_registers { "rs" } else { "ss" }),
-                    "sm_90a",
-                    &[],
-                    &[32; 4],
-                    "",
-                    |_| vec![],
-                );
-                form.threads = 128;
-                form.inputs = vec![(32, Domain::Matrix(Element::Int8)); 8];
-                form.inputs.extend([(32, Domain::Int(32)); 4]);
-                let store_a = if from_registers { "" } else { "st.shared.v4.b32 [q], {a0, a1, a2, a3};\n" };
-                let mut body = format!(
-                    ".shared .align 128 .b8 smem[4096];\n.reg .b32 p, q;\n.reg .pred has_b;\nmov.u32 p, smem;\nmad.lo.u32 q, tid, 16, p;\n{store_a}\
-                     setp.lt.u32 has_b, tid, 16;\n@has_b st.shared.v4.b32 [q + 2048], {{a4, a5, a6, a7}};\n{FENCE}\n"
-                );
-                body += &descriptor("da", "p", 0, 1024, 128, 0);
-                body += &descriptor("db", "p", 2048, 128, 128, 0);
-                for i in 0..4 {
-                    body += &format!("mov.b32 d{i}, a{};\n", 8 + i);
-                }
-                let a_text = if from_registers { "{a0, a1, a2, a3}" } else { "da" };
-                body += &format!(
-                    "wgmma.fence.sync.aligned;\n{m} {{d0, d1, d2, d3}}, {a_text}, db, 1;\nwgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;"
-                );
-                form.body = body;
-                form.expect = super::Expect::Block(Box::new(move |v| {
-                    let read = |ty: &str, x: u32| if ty == "s8" { i64::from(x as u8 as i8) } else { i64::from(x) };
-                    let mut rows_a = vec![vec![0; 32]; 64];
-                    for t in 0..128 {
-                        for i in 0..16 {
-                            let (row, col) = if from_registers {
-                                let (row, col) = a_position(8, t % 32, i);
-                                (16 * (t / 32) + row, col)
-                            } else {
-                                (t % 64, 16 * (t / 64) + i)
-                            };
-                            rows_a[row][col] = read(a, raw(v, 0, t, 8, i));
-                        }
-                    }
-                    let rows_b: Vec<Vec<i64>> = (0..8)
-                        .map(|r| (0..32).map(|i| read(b, raw(v, 4, r + 8 * (i / 16), 8, i % 16))).collect())
-                        .collect();
-                    (0..4)
-                        .map(|i| {
-                            (0..128)
-                                .map(|t| {
-                                    let (row, col) = c_position(t % 32, i);
-                                    let dot: i64 =
-                                        rows_a[16 * (t / 32) + row].iter().zip(&rows_b[col]).map(|(x, y)| x * y).sum();
-                                    let sum = dot + i64::from(v[8 + i][t] as i32);
-                                    u64::from(if satfinite { sum.clamp(i32::MIN.into(), i32::MAX.into()) } else { sum }
-                                        as u32)
-                                })
-                                .collect()
-                        })
-                        .collect()
-                }));
-                all.push(form);
-            }
+        shapes.extend([(a, b, false, 8), (a, b, true, 8)]);
+    }
+    // 9.7.15.2: 8-bit integers have 8, 24 and the multiples of 16
+    shapes.extend([24].into_iter().chain((16..=256).step_by(16)).map(|n| ("s8", "u8", false, n)));
+    for (a, b, satfinite, n) in shapes {
+        for from_registers in [false, true] {
+            all.push(wgmma_integer_form(a, b, satfinite, n, from_registers));
         }
     }
+}
+
+/// One shape; D starts from C for 8 columns and from 0 for more.
+fn wgmma_integer_form(a: &'static str, b: &'static str, satfinite: bool, n: usize, from_registers: bool) -> Form {
+    let (nd, nb) = (n / 2, (2 * n).div_ceil(128));
+    let (first_c, num_c) = (4 + 4 * nb, if n == 8 { 4 } else { 0 });
+    let sat = if satfinite { ".satfinite" } else { "" };
+    let m = format!("wgmma.mma_async.sync.aligned.m64n{n}k32{sat}.s32.{a}.{b}");
+    let name = format!("{}_{}", ident(&m), if from_registers { "rs" } else { "ss" });
+    let mut form = block(name, "sm_90a", &[], &vec![32; nd], "", |_| vec![]);
+    form.threads = 128;
+    form.blocks = if n == 8 { 8 } else { 1 };
+    form.inputs = vec![(32, Domain::Matrix(Element::Int8)); first_c];
+    form.inputs.extend(vec![(32, Domain::Int(32)); num_c]);
+    let store_a = if from_registers { "" } else { "st.shared.v4.b32 [q], {a0, a1, a2, a3};\n" };
+    let mut body = format!(
+        ".shared .align 128 .b8 smem[10240];\n.reg .b32 p, q;\n.reg .pred has_b;\nmov.u32 p, smem;\nmad.lo.u32 q, tid, 16, p;\n{store_a}"
+    );
+    for part in 0..nb {
+        let list = (4 + 4 * part..8 + 4 * part).map(|i| format!("a{i}")).collect::<Vec<_>>().join(", ");
+        let (chunks, at) = (2 * n - 128 * part, 2048 * (part + 1));
+        body += &format!("setp.lt.u32 has_b, tid, {chunks};\n@has_b st.shared.v4.b32 [q + {at}], {{{list}}};\n");
+    }
+    body += FENCE;
+    body += "\n";
+    body += &descriptor("da", "p", 0, 1024, 128, 0);
+    body += &descriptor("db", "p", 2048, 16 * n as u32, 128, 0);
+    for i in 0..num_c {
+        body += &format!("mov.b32 d{i}, a{};\n", first_c + i);
+    }
+    body += &format!(
+        "wgmma.fence.sync.aligned;\n{m} {{{}}}, {}, db, {};\nwgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;",
+        registers("d", nd),
+        if from_registers { "{a0, a1, a2, a3}" } else { "da" },
+        u32::from(num_c > 0)
+    );
+    form.body = body;
+    form.expect = super::Expect::Block(Box::new(move |v| {
+        let read = |ty: &str, x: u32| if ty == "s8" { i64::from(x as u8 as i8) } else { i64::from(x) };
+        let mut rows_a = vec![vec![0; 32]; 64];
+        for t in 0..128 {
+            for i in 0..16 {
+                let (row, col) = if from_registers {
+                    let (row, col) = a_position(8, t % 32, i);
+                    (16 * (t / 32) + row, col)
+                } else {
+                    (t % 64, 16 * (t / 64) + i)
+                };
+                rows_a[row][col] = read(a, raw(v, 0, t, 8, i));
+            }
+        }
+        let element_b = |r: usize, i: usize| {
+            let chunk = r + n * (i / 16);
+            read(b, raw(v, 4 + 4 * (chunk / 128), chunk % 128, 8, i % 16))
+        };
+        let rows_b: Vec<Vec<i64>> = (0..n).map(|r| (0..32).map(|i| element_b(r, i)).collect()).collect();
+        let one = |t: usize, i: usize| {
+            let (row, col) = c_position(t % 32, i);
+            let dot: i64 = rows_a[16 * (t / 32) + row].iter().zip(&rows_b[col]).map(|(x, y)| x * y).sum();
+            let sum = dot + if num_c > 0 { i64::from(v[first_c + i][t] as i32) } else { 0 };
+            u64::from(if satfinite { sum.clamp(i32::MIN.into(), i32::MAX.into()) } else { sum } as u32)
+        };
+        (0..nd).map(|i| (0..128).map(|t| one(t, i)).collect()).collect()
+    }));
+    form
 }
 
 /// Every swizzle and both major orders, on bf16 m64n64k16: chunks are placed by the canonical layouts of 9.7.15.5.1 and swizzled by hand.

@@ -9,6 +9,7 @@
 #![allow(dead_code)] // each reader uses a part
 
 pub mod approx;
+pub mod bulk;
 pub mod convert;
 pub mod float;
 pub mod hopper;
@@ -21,6 +22,7 @@ pub mod warp;
 
 use simt::model::approx::{Function, bound, exact};
 use simt::model::float::Format;
+use simt::model::tensor_map::TensorMap;
 
 /// What an input holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +61,15 @@ pub enum Element {
     E5m2,
     Int8,
     Int32,
+}
+
+/// Where a tensor map points.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Base {
+    /// The input slots.
+    Input,
+    /// The scratch memory, 4096 bytes per block.
+    Scratch,
 }
 
 /// One operand: width of its register and contents.
@@ -108,6 +119,8 @@ pub struct Form {
     pub blocks: u32,
     /// Blocks of a cluster.
     pub cluster: u32,
+    /// A tensor map as fourth parameter `map`, and the buffer that its addresses count from.
+    pub map: Option<(TensorMap, Base)>,
     /// Arithmetic on approximate or tensor-core models: what `Exact` must reproduce bit for bit is only the latter.
     pub expect: Expect,
 }
@@ -130,6 +143,7 @@ pub fn lane(
         threads: 32,
         blocks: 8,
         cluster: 1,
+        map: None,
         expect: Expect::Lane(Box::new(expect)),
     }
 }
@@ -158,6 +172,7 @@ pub fn all() -> Vec<Form> {
     warp::add(&mut all);
     matrix::add(&mut all);
     hopper::add(&mut all);
+    bulk::add(&mut all);
     let mut names: Vec<_> = all.iter().map(|f| f.name.clone()).collect();
     names.sort();
     for pair in names.windows(2) {
@@ -177,9 +192,10 @@ impl Form {
         use std::fmt::Write;
         let version = match self.target {
             "sm_80" => "8.0",
-            _ => "8.4",
+            _ => "8.6",
         };
         let mut s = String::new();
+        let map = if self.map.is_some() { ",\n    .param .align 64 .b8 map[128]" } else { "" };
         let cluster = match self.cluster {
             1 => String::new(),
             n => format!(".explicitcluster\n.reqnctapercluster {n}, 1, 1\n"),
@@ -187,7 +203,7 @@ impl Form {
         writeln!(
             s,
             ".version {version}\n.target {}\n.address_size 64\n\n.visible .entry {}(\n    .param .u64 p_in,\n    .param .u64 p_out,\n    \
-             .param .u64 p_scratch)\n{cluster}.reqntid {}, 1, 1\n{{",
+             .param .u64 p_scratch{map})\n{cluster}.reqntid {}, 1, 1\n{{",
             self.target, self.name, self.threads
         )
         .unwrap();
