@@ -547,6 +547,8 @@ fn others(all: &mut Vec<Form>) {
             |a| a.to_vec(),
         ));
     }
+    let body = "fence.proxy.async.global;\nfence.proxy.async.shared::cluster;\nmov.u32 d0, a0;";
+    all.push(lane("fence_proxy_async", "sm_90", &[(32, Domain::Int(32))], &[32], body, |a| vec![a[0]]));
     let body = "griddepcontrol.wait;\nmov.u32 d0, a0;\ngriddepcontrol.launch_dependents;";
     all.push(lane("griddepcontrol", "sm_90", &[(32, Domain::Int(32))], &[32], body, |a| vec![a[0]]));
     // ranks of addresses in a cluster of two blocks
