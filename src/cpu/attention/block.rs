@@ -84,6 +84,7 @@ fn run<S: Simd, T: Float, E: Operand, const VECS: usize>(simd: S, run: RunItem<'
     }
 
     let (any_first, any_end) = block.keys(spec);
+    let last = any_end.min(item.end_part as usize * SPLIT);
     for index in item.first_part as usize..item.end_part as usize {
         let part: &mut [f32] = if item.is_divided() {
             let at = item.partials as usize + (index - item.first_of_block as usize) * panels * partial_len;
@@ -113,7 +114,14 @@ fn run<S: Simd, T: Float, E: Operand, const VECS: usize>(simd: S, run: RunItem<'
                     continue;
                 }
                 let queries = &queries[panel * key_width * width..(panel + 1) * key_width * width];
-                product::scores::<S, E, VECS>(simd, keys, queries, key_width, rows, tile_scores, |_| {});
+                // The rows of the next tile are on their way while this one is multiplied.
+                let next = start + TILE;
+                let has_next = panel == 0 && next < last;
+                product::scores::<S, E, VECS>(simd, keys, queries, key_width, rows, tile_scores, |part, parts| {
+                    if has_next {
+                        prefetch(simd, problem, block, (next, last), (part, parts), true);
+                    }
+                });
                 let added = problem.has_added().then(|| &added[panel * TILE * width..(panel + 1) * TILE * width]);
                 let mut scale = spec.softmax_scale as f32;
                 if problem.has_terms() {
@@ -129,7 +137,19 @@ fn run<S: Simd, T: Float, E: Operand, const VECS: usize>(simd: S, run: RunItem<'
                 let part = Partial::new(&mut part[panel * partial_len..], width, columns);
                 softmax::update::<S, E, VECS>(simd, tile_scores, rows, scale, part.max, part.sum, decay);
                 let weights: &[E] = bytemuck::cast_slice(tile_scores);
-                product::values::<S, E, VECS>(simd, values, weights, columns, rows, decay, part.out);
+                product::values::<S, E, VECS>(
+                    simd,
+                    values,
+                    weights,
+                    columns,
+                    rows,
+                    (decay, part.out),
+                    |part, parts| {
+                        if has_next {
+                            prefetch(simd, problem, block, (next, last), (part, parts), false);
+                        }
+                    },
+                );
             }
         }
         if !item.is_divided() {
@@ -230,6 +250,34 @@ fn pack_tile<S: Simd, T: Float, E: Operand>(
             }
         }
         j += len;
+    }
+}
+
+/// Asks for share `part` of `parts` of the keys (or values) of the tile at `start`, up to the key row `last`.
+#[inline(always)]
+fn prefetch<S: Simd, T: Float>(
+    simd: S,
+    problem: &Problem<'_, T>,
+    block: &Block,
+    (start, last): (usize, usize),
+    (part, parts): (usize, usize),
+    keys: bool,
+) {
+    let kv = &problem.input.kv;
+    let (data, head, width) = match keys {
+        true => (kv.data().0, kv.head_strides().0, problem.spec.head_dim),
+        false => (kv.data().1, kv.head_strides().1, problem.spec.value_dim),
+    };
+    let line = 64 / size_of::<T>();
+    for j in part * TILE / parts..(part + 1) * TILE / parts {
+        if start + j >= last {
+            break;
+        }
+        let run = kv.run(block.sequence.index, start + j);
+        let at = if keys { run.k_offset } else { run.v_offset } + block.kv_head * head;
+        for column in (0..width).step_by(line) {
+            simd.prefetch(data.as_ptr().wrapping_add(at + column));
+        }
     }
 }
 

@@ -60,6 +60,8 @@ fn accumulate<S: Simd, E: Operand, const ROWS: usize, const VECS: usize>(
 /// * `keys`: `[TILE][width]`
 /// * `q`: `[width][VECS * LANES]`
 /// * `scores`: `[TILE][VECS * LANES]`
+///
+/// `meanwhile(part, parts)` is called now and then.
 #[inline(always)]
 pub fn scores<S: Simd, E: Operand, const VECS: usize>(
     simd: S,
@@ -68,7 +70,7 @@ pub fn scores<S: Simd, E: Operand, const VECS: usize>(
     width: usize,
     (first, end): (usize, usize),
     scores: &mut [f32],
-    mut before_block: impl FnMut(usize),
+    meanwhile: impl Fn(usize, usize),
 ) {
     #[inline(always)]
     fn block<S: Simd, E: Operand, const ROWS: usize, const VECS: usize>(
@@ -89,7 +91,7 @@ pub fn scores<S: Simd, E: Operand, const VECS: usize>(
     let rows = block_rows::<S>(VECS);
     debug_assert!(first.is_multiple_of(rows) && end.is_multiple_of(rows) && end <= TILE);
     for j in (first..end).step_by(rows) {
-        before_block(j);
+        meanwhile((j - first) / rows, (end - first) / rows);
         let keys = &keys[j * width..(j + rows) * width];
         let scores = &mut scores[j * VECS * S::LANES..(j + rows) * VECS * S::LANES];
         match rows {
@@ -106,6 +108,8 @@ pub fn scores<S: Simd, E: Operand, const VECS: usize>(
 /// * `weights`: `[TILE / DEPTH][VECS * LANES]`
 /// * `out`: `[columns][VECS * LANES]`
 /// * `decay`: `[VECS * LANES]`
+///
+/// `meanwhile(part, parts)` is called now and then.
 #[inline(always)]
 pub fn values<S: Simd, E: Operand, const VECS: usize>(
     simd: S,
@@ -113,8 +117,8 @@ pub fn values<S: Simd, E: Operand, const VECS: usize>(
     weights: &[E],
     columns: usize,
     (first, end): (usize, usize),
-    decay: &[f32],
-    out: &mut [f32],
+    (decay, out): (&[f32], &mut [f32]),
+    meanwhile: impl Fn(usize, usize),
 ) {
     #[inline(always)]
     fn block<S: Simd, E: Operand, const ROWS: usize, const VECS: usize>(
@@ -147,6 +151,7 @@ pub fn values<S: Simd, E: Operand, const VECS: usize>(
     let (first, depth) = (first / E::DEPTH, (end - first) / E::DEPTH);
     let weights = &weights[first * VECS * S::LANES..];
     for c in (0..columns).step_by(rows) {
+        meanwhile(c / rows, columns / rows);
         let values = (&values[first * columns + c..], columns);
         let out = &mut out[c * VECS * S::LANES..(c + rows) * VECS * S::LANES];
         match rows {
