@@ -1,6 +1,7 @@
-//! Softmax attention: prefill, append and decode in one function.
+//! Softmax attention: prefill, append and decode in one function, and the merge of partial results.
 
 mod block;
+mod merge;
 mod operand;
 mod plan;
 mod problem;
@@ -18,6 +19,7 @@ use crate::element::Dtype;
 use crate::error::Result;
 use crate::spec::Attention;
 use block::RunItem;
+pub use merge::merge;
 use operand::Operand;
 use plan::{Costs, Item, Plan};
 use problem::Problem;

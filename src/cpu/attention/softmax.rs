@@ -13,7 +13,7 @@ use crate::cpu::simd::Simd;
 /// `exp(scale * s - max)` where `max` is at least the product or `s` is NaN: 1 for both infinite, 0 for a product of -inf,
 /// also if `max` is.
 #[inline(always)]
-fn weight<S: Simd>(simd: S, s: S::F32, scale: S::F32, minus_max: S::F32) -> S::F32 {
+pub fn weight<S: Simd>(simd: S, s: S::F32, scale: S::F32, minus_max: S::F32) -> S::F32 {
     let difference = simd.fma(s, scale, minus_max);
     let infinite = simd.le(simd.splat(f32::INFINITY), simd.mul(s, scale));
     exp(simd, simd.select(infinite, simd.zero(), difference))
@@ -21,7 +21,7 @@ fn weight<S: Simd>(simd: S, s: S::F32, scale: S::F32, minus_max: S::F32) -> S::F
 
 /// `-max`, and 0 for a maximum of -inf.
 #[inline(always)]
-fn negated<S: Simd>(simd: S, max: S::F32) -> S::F32 {
+pub fn negated<S: Simd>(simd: S, max: S::F32) -> S::F32 {
     simd.select(simd.le(max, simd.splat(f32::NEG_INFINITY)), simd.zero(), simd.neg(max))
 }
 
