@@ -126,7 +126,7 @@ fn pairs_of_options() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
 
     #[test]
     fn any_call(options in strategies::attention(32, 64), seed in any::<u64>()) {
@@ -225,13 +225,13 @@ fn same_bits<T: Float>() {
         spec.softcap = softcap;
         spec.sinks = sinks;
         let logits: Vec<f32> = rng.normals(heads.0, 1.0);
-        let len = 1100;
+        let len = 600;
         let (tokens, other) = (Tokens::<T>::new(&spec, len, &mut rng), Tokens::<T>::new(&spec, 300, &mut rng));
         for level in Level::available() {
             let cpu = &mut Cpu::with_level(level);
             let whole = call(cpu, &spec, &logits, &[(&tokens, 0..len)], None);
             assert!(bits(&whole) == bits(&call(cpu, &spec, &logits, &[(&tokens, 0..len)], None)), "twice");
-            for page in [1, 7, 16, 64, 100] {
+            for page in [1, 7, 16, 100] {
                 let paged = call(cpu, &spec, &logits, &[(&tokens, 0..len)], Some(page));
                 assert!(bits(&whole) == bits(&paged), "pages of {page} at {level}");
             }
@@ -240,8 +240,8 @@ fn same_bits<T: Float>() {
                 let out = whole.0[range.start * width..range.end * width].to_vec();
                 bits(&(out, whole.1[range.start * heads.0..range.end * heads.0].to_vec()))
             };
-            let single = [0, 1, 63, 64, 511, 512, 513, 1023, 1024, 1099].map(|i| i..i + 1);
-            for range in [0..1, 1..6, 6..37, 37..70, 70..512, 512..1000, 1000..1100].iter().chain(&single) {
+            let single = [0, 1, 63, 64, 511, 512, 513, 599].map(|i| i..i + 1);
+            for range in [0..1, 1..6, 6..37, 37..70, 70..512, 512..600].iter().chain(&single) {
                 let alone = call(cpu, &spec, &logits, &[(&tokens, range.clone())], None);
                 assert!(rows(range) == bits(&alone), "chunk {range:?} at {level}");
                 let batch = [(&other, 3..9), (&tokens, range.clone()), (&other, 0..0), (&other, 299..300)];
@@ -254,7 +254,7 @@ fn same_bits<T: Float>() {
             }
             for threads in [1, 2, 5] {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                for range in [0..len, 1000..1002, 1099..1100] {
+                for range in [0..len, 590..592, 599..600] {
                     let part = pool.install(|| call(cpu, &spec, &logits, &[(&tokens, range.clone())], None));
                     assert!(rows(&range) == bits(&part), "{range:?} with {threads} threads at {level}");
                 }
@@ -394,5 +394,43 @@ fn errors_and_nothing() {
     out.assert_untouched("out");
     for lens in [vec![], vec![(0, 0)], vec![(0, 7), (0, 0)]] {
         check_all(&AttentionOptions::new((2, 1), 16, &lens), 1);
+    }
+}
+
+/// `merge` against the reference, whatever is infinite, NaN or absent; and the merge of parts is the attention over all keys.
+#[test]
+fn merge_is_the_reference() {
+    let mut rng = Rng::new(seed());
+    for (parts, tokens, heads, dv) in [(0, 3, 2, 5), (1, 1, 1, 1), (2, 70, 3, 40), (5, 9, 4, 17), (3, 0, 2, 4)] {
+        for layout in Layout::ALL {
+            let outs = common::Array::<bf16, 4>::new(
+                [parts, tokens, heads, dv],
+                layout,
+                &rng.normals(parts * tokens * heads * dv, 1.0),
+            );
+            let mut values: Vec<f32> = rng.normals(parts * tokens * heads, 3.0);
+            let special = [f32::NEG_INFINITY, f32::INFINITY, f32::NAN];
+            values.iter_mut().filter(|_| rng.chance(0.2)).enumerate().for_each(|(i, x)| *x = special[i % 3]);
+            let lses = common::Array::<f32, 3>::new([parts, tokens, heads], layout, &values);
+            let (mut truth, mut truth_lse) = (vec![0.0; tokens * heads * dv], vec![0.0; tokens * heads]);
+            let output = AttentionOutput::with_lse(
+                ViewMut::new(&mut truth, [tokens, heads, dv]),
+                ViewMut::new(&mut truth_lse, [tokens, heads]),
+            );
+            reference::merge(outs.view(), lses.view(), output).unwrap();
+            for level in Level::available() {
+                let mut out = common::Output::<f32, 3>::new([tokens, heads, dv], layout);
+                let mut lse = common::Output::<f32, 2>::new([tokens, heads], layout);
+                let output = AttentionOutput::with_lse(out.view(), lse.view());
+                cpu::merge(&mut Cpu::with_level(level), outs.view(), lses.view(), output).unwrap();
+                // Sums of a few shares, each of them below 1: some roundings of the largest part.
+                for (got, truth) in [(out.finish("out"), &truth), (lse.finish("lse"), &truth_lse)] {
+                    for (got, truth) in got.iter().zip(truth) {
+                        let same = got.is_nan() && truth.is_nan() || f64::from(*got) == *truth;
+                        assert!(same || (f64::from(*got) - truth).abs() < 3e-6, "{got}, expected {truth} at {level}");
+                    }
+                }
+            }
+        }
     }
 }
