@@ -4,6 +4,7 @@
 mod common;
 
 use gatefold::args::*;
+use gatefold::cpu::{self, Cpu, Level, PackedExperts};
 use gatefold::spec::*;
 use gatefold::{Result, View, ViewMut, reference};
 
@@ -169,6 +170,81 @@ fn specifications_with_any_numbers() {
             assert!(any(experts.validate()));
             for id in [i32::MIN, -1, 0, i32::MAX] {
                 let _ = experts.local_expert(id);
+            }
+        }
+    }
+}
+
+/// The same on the CPU backend, whose workspaces must not follow sizes without data.
+#[test]
+fn cpu_with_any_numbers() {
+    fn o<const N: usize>(shape: [usize; N]) -> ViewMut<'static, f32, N> {
+        ViewMut::new(&mut [], shape)
+    }
+    for level in [Level::available()[0], Level::best()] {
+        let cpu = &mut Cpu::with_level(level);
+        for a in HUGE {
+            for b in HUGE {
+                let mut spec = Attention::new(a, 1, b);
+                spec.value_dim = a;
+                for n in [0, a] {
+                    let kv = Kv::ragged(v([n, 1, b]), v([n, 1, a]), None);
+                    let input = AttentionInput::<f32>::new(v([n, a, b]), kv);
+                    let output = AttentionOutput::with_lse(o([n, a, a]), o([n, a]));
+                    assert!(any(cpu::attention(cpu, &spec, &input, output)));
+                }
+                let norm = Norm::rms(1e-6);
+                assert!(any(cpu::norm::<f32, f32, 3>(cpu, &norm, v([a, b, 0]), None, None, o([a, b, 0]))));
+                assert!(any(cpu::norm::<f32, f32, 3>(cpu, &norm, v([0, a, b]), None, None, o([0, a, b]))));
+                assert!(any(cpu::add(cpu, v([a, 0]), v([a, 0]), 1.0, o([a, 0]))));
+                assert!(any(cpu::sigmoid_mul(cpu, v([0, a]), v([0, a]), o([0, a]))));
+                let mut prep = QkvPrep::new(a, b, a);
+                prep.qk_norm = Some(QkNorm::Full);
+                let mut input = QkvInput::<f32>::new(v([0, a, a]), v([0, b, a]), v([0, b, a]), &[]);
+                input.q_norm = Some(&[1.0]);
+                input.k_norm = Some(&[1.0]);
+                let output = QkvOutput::new(o([0, a, a]), o([0, b, a]), o([0, b, a]));
+                assert!(any(cpu::prepare_qkv(cpu, &prep, &input, output)));
+                prep.qk_norm = None;
+                let input = QkvInput::<f32>::new(v([0, a, a]), v([0, b, a]), v([0, b, a]), &[]);
+                let output = QkvOutput::new(o([0, a, a]), o([0, b, a]), o([0, b, a]));
+                assert!(any(cpu::prepare_qkv(cpu, &prep, &input, output)));
+                let rope = Rope::new(RopeStyle::Half, b, 1e4);
+                let table = RopeTable::new(v([0, b / 2]), v([0, b / 2]));
+                assert!(any(cpu::rope(cpu, &rope, v([0, a, b]), &[], &table, o([0, a, b]))));
+                for (n, heads) in [(0, b), (a, 0)] {
+                    let input = KvCache::<f32>::new(v([n, heads, b]), v([n, heads, a]), None, &[u32::MAX]);
+                    let cache = KvCacheMut::contiguous(o([1, 3, heads, b]), o([1, 3, heads, a]));
+                    assert!(any(cpu::kv_append(cpu, &input, cache)));
+                }
+                for selection in [Selection::TopK, Selection::ExpertChoice, Selection::Sinkhorn { iterations: 2 }] {
+                    let mut router = Router::new(a, b);
+                    router.selection = selection;
+                    router.capacity = Some(Capacity::new(CapacityLimit::Factor(1e300)));
+                    router.aux_loss = Some(AuxLoss::TopK);
+                    let slots = router.slots();
+                    let mut loss = 0.0;
+                    let mut output = RouteOutput::new(ViewMut::new(&mut [], [0, slots]), o([0, slots]));
+                    output.aux_loss = Some(&mut loss);
+                    assert!(any(cpu::route(cpu, &router, &RouteInput::new(v([0, a])), output)));
+                }
+                let spec = Retention::new(a, b, a);
+                let input = RetentionInput::<f32>::new(v([0, a, b]), v([0, a, b]), v([0, a, a]), &[0.5]);
+                assert!(any(cpu::retention(cpu, &spec, &input, RetentionOutput::new(o([0, a, a])))));
+                let input = WkvInput::<f32>::new(v([a, 0, 1]), v([a, 0, 1]), &[0.5], &[0.5]);
+                assert!(any(cpu::wkv(cpu, &input, WkvOutput::new(o([a, 0, 1])))));
+                let ffn = Ffn::gated(a, b, Activation::Silu);
+                let mut experts = ExpertFfn::new(a, ffn);
+                experts.num_local_experts = 0;
+                let none = ExpertWeights::<f32>::separate(Some(v([0, b, a])), v([0, b, a]), v([0, a, b]));
+                if let Ok(packed) = PackedExperts::pack(&experts, &none) {
+                    let routing = Routing::<f32>::new(View::new(&[], [0, a]), v([0, a]));
+                    assert!(any(cpu::expert_ffn(cpu, &experts, v([0, a]), &routing, &packed, o([0, a]))));
+                }
+                assert!(any(cpu::PackedLinear::pack(v([a, 0]))));
+                assert!(any(cpu::PackedLinear::pack(v([0, a]))));
+                assert!(any(cpu::PackedLinear::pack(v([a, b]))));
+                assert!(cpu.workspace_bytes() < 1 << 20, "{} bytes for no token", cpu.workspace_bytes());
             }
         }
     }

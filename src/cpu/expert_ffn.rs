@@ -57,6 +57,9 @@ pub fn expert_ffn<T: Float, O: Float>(
     weights.check(spec)?;
     let slots = routing.topk_ids.shape()[1];
     check_assignments(slots)?;
+    if num_tokens == 0 {
+        return Ok(());
+    }
     let mut carver = cpu.workspace.carve(experts_bytes::<T>(cpu.level, Some((weights, slots)), None, num_tokens));
     let routed = Routed { spec, experts: weights, routing: *routing };
     experts_in(cpu.level, &mut carver, hidden, Some(routed), None, out);
@@ -97,6 +100,9 @@ pub fn mlp<T: Float, O: Float>(
 ) -> Result<()> {
     let num_tokens = check_mlp(spec, &x, &out)?;
     weights.as_experts().check(&ExpertFfn::new(1, *spec))?;
+    if num_tokens == 0 {
+        return Ok(());
+    }
     let mut carver = cpu.workspace.carve(experts_bytes::<T>(cpu.level, None, Some(weights.as_experts()), num_tokens));
     let always = Always { experts: weights.as_experts(), factors: None };
     experts_in(cpu.level, &mut carver, x, None, Some(always), out);

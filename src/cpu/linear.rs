@@ -82,6 +82,9 @@ impl PackedLinear {
         let bytes = PackedLinear::packed_bytes(outputs, inputs, W::DTYPE).saturating_mul(heads);
         let mut bytes = AlignedBytes::zeroed(bytes);
         let (panels, len) = (num_panels(outputs), panel_len(W::DTYPE, inputs));
+        if bytes.as_slice().is_empty() {
+            return PackedLinear { heads, outputs, inputs, dtype: W::DTYPE, bytes };
+        }
         let all = Shared::new(bytemuck::cast_slice_mut::<u8, W>(bytes.as_mut_slice()));
         parallel::run(heads * panels, |_, item| {
             // SAFETY: each item has its own panel.

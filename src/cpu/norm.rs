@@ -36,10 +36,11 @@ pub fn norm<T: Float, O: Float, const N: usize>(
 ) -> Result<()> {
     check_norm(spec, &x, weight, bias, &out)?;
     let shape = x.shape();
-    let (rows, width) = (shape[..N - 1].iter().product(), shape[N - 1]);
-    if width == 0 {
+    // Without elements the other sizes may be anything, also too large for a product.
+    if shape.contains(&0) {
         return Ok(());
     }
+    let (rows, width) = (shape[..N - 1].iter().product(), shape[N - 1]);
     let kernel = NormRows { row: RowNorm::new(spec, weight, bias), x, out: SharedView::new(&mut out) };
     for_rows(cpu.level, rows, rows_per_item(2 * width), &kernel);
     Ok(())
@@ -215,6 +216,9 @@ pub fn add<T: Float, O: Float>(
 ) -> Result<()> {
     check_elementwise(&x, "y", &y, &out)?;
     let [rows, width] = x.shape();
+    if rows == 0 || width == 0 {
+        return Ok(());
+    }
     let kernel = ZipRows { op: Residual(multiplier as f32), x, y, out: SharedView::new(&mut out) };
     for_rows(cpu.level, rows, rows_per_item(3 * width), &kernel);
     Ok(())
@@ -235,6 +239,9 @@ pub fn sigmoid_mul<T: Float, O: Float>(
 ) -> Result<()> {
     check_elementwise(&x, "gate", &gate, &out)?;
     let [rows, width] = x.shape();
+    if rows == 0 || width == 0 {
+        return Ok(());
+    }
     let kernel = ZipRows { op: Gate, x, y: gate, out: SharedView::new(&mut out) };
     for_rows(cpu.level, rows, rows_per_item(6 * width), &kernel);
     Ok(())

@@ -33,6 +33,9 @@ pub fn prepare_qkv<T: Float>(
     mut output: QkvOutput<'_, T>,
 ) -> Result<()> {
     let num_tokens = input.check(spec, &output)?;
+    if num_tokens == 0 {
+        return Ok(());
+    }
     let per_item = prepare_per_item(spec);
     let scratch_len = prepare_scratch_len(spec);
     let mut carver = cpu.workspace.carve(prepare_qkv_workspace_bytes(spec, num_tokens));
@@ -55,7 +58,8 @@ pub fn prepare_qkv_workspace_bytes(spec: &QkvPrep, num_tokens: usize) -> usize {
 }
 
 fn prepare_per_item(spec: &QkvPrep) -> usize {
-    rows_per_item(4 * (spec.num_heads + spec.num_kv_heads).saturating_mul(spec.head_dim))
+    let heads = spec.num_heads.saturating_add(spec.num_kv_heads);
+    rows_per_item(heads.saturating_mul(spec.head_dim).saturating_mul(4))
 }
 
 /// All heads of a row, and one head more. A multiple of a cache line, so that no two workers share one.
@@ -201,6 +205,9 @@ pub fn rope<T: Float>(
 ) -> Result<()> {
     check_rope(spec, &x, positions, table, &out)?;
     let shape @ [num_tokens, _, _] = x.shape();
+    if num_tokens == 0 {
+        return Ok(());
+    }
     let per_item = rope_per_item(shape);
     let scratch_len = rope_scratch_len(shape);
     let mut carver = cpu.workspace.carve(rope_workspace_bytes(shape));
@@ -223,7 +230,7 @@ pub fn rope_workspace_bytes(shape: [usize; 3]) -> usize {
 }
 
 fn rope_per_item([_, num_heads, head_dim]: [usize; 3]) -> usize {
-    rows_per_item(3 * num_heads.saturating_mul(head_dim))
+    rows_per_item(num_heads.saturating_mul(head_dim).saturating_mul(3))
 }
 
 /// A head before and after.
@@ -305,13 +312,17 @@ fn rotate(rope: &Rope, table: &RopeTable<'_>, position: u32, head: &mut [f32], s
 pub fn kv_append<T: Float>(_: &mut Cpu, input: &KvCache<'_, T>, mut cache: KvCacheMut<'_, T>) -> Result<()> {
     let num_seqs = input.check(&cache)?;
     let [_, num_heads, head_dim] = input.k.shape();
+    let width = head_dim.saturating_add(input.v.shape()[2]);
+    if num_heads == 0 || width == 0 {
+        return Ok(());
+    }
     let (k, v, block_table) = match &mut cache {
         KvCacheMut::Contiguous { k, v } => (k, v, None),
         KvCacheMut::Paged { k, v, block_table } => (k, v, Some(*block_table)),
     };
     let page_size = k.shape()[1];
     let (k, v) = (SharedView::new(k), SharedView::new(v));
-    let per_item = rows_per_item(num_heads.saturating_mul(head_dim + input.v.shape()[2]));
+    let per_item = rows_per_item(num_heads.saturating_mul(width));
     for seq in 0..num_seqs {
         let tokens = input.rows(seq);
         parallel::run(tokens.len().div_ceil(per_item), |_, item| {

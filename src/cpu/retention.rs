@@ -34,6 +34,9 @@ pub fn retention<T: Float>(
     mut output: RetentionOutput<'_, T>,
 ) -> Result<()> {
     let num_tokens = input.check(spec, &output)?;
+    if num_tokens == 0 && output.state_out.is_none() {
+        return Ok(());
+    }
     let layout = Layout::new(spec, num_tokens);
     let mut carver = cpu.workspace.carve(retention_workspace_bytes(spec, num_tokens));
     let kernel = Heads {

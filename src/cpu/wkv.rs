@@ -32,6 +32,9 @@ const CHANNELS: usize = 32;
 /// Peng et al. 2023, arXiv:2305.13048.
 pub fn wkv<T: Float>(cpu: &mut Cpu, input: &WkvInput<'_, T>, mut output: WkvOutput<'_, T>) -> Result<()> {
     let [batch, seq, channels] = input.check(&output)?;
+    if seq == 0 && output.state_out.is_none() {
+        return Ok(());
+    }
     let mut carver = cpu.workspace.carve(wkv_workspace_bytes(channels));
     let fade = carver.part::<f32>(channels);
     for (fade, decay) in fade.iter_mut().zip(input.decay) {

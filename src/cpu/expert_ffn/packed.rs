@@ -50,7 +50,8 @@ impl Panels {
 
     /// Bias values of an expert, in the order of the panels; none without biases.
     fn biases(self, ffn: &Ffn) -> [usize; 2] {
-        [if ffn.up_bias { self.up * PANEL } else { 0 }, if ffn.down_bias { self.down * PANEL } else { 0 }]
+        let len = |has: bool, panels: usize| if has { panels.saturating_mul(PANEL) } else { 0 };
+        [len(ffn.up_bias, self.up), len(ffn.down_bias, self.down)]
     }
 }
 
@@ -61,7 +62,8 @@ impl PackedExperts {
         let [up, down] = panels.values(&spec.ffn, dtype);
         let [up_bias, down_bias] = panels.biases(&spec.ffn);
         let weights = up.saturating_add(down).saturating_mul(dtype.size_bytes());
-        weights.saturating_add(4 * (up_bias + down_bias)).saturating_mul(spec.num_local_experts)
+        let biases = up_bias.saturating_add(down_bias).saturating_mul(4);
+        weights.saturating_add(biases).saturating_mul(spec.num_local_experts)
     }
 
     /// Packs the experts, in parallel.
@@ -75,6 +77,10 @@ impl PackedExperts {
             return Err(Error::unsupported("cpu", format!("weight_format {:?}", spec.weight_format)));
         }
         weights.check(spec)?;
+        if spec.num_local_experts == 0 {
+            let (weights, biases) = (AlignedBytes::empty(), AlignedBytes::empty());
+            return Ok(PackedExperts { spec: *spec, dtype: W::DTYPE, weights, biases });
+        }
         let (ffn, experts, panels) = (&spec.ffn, spec.num_local_experts, Panels::new(&spec.ffn));
         let [up_len, down_len] = panels.values(ffn, W::DTYPE);
         let mut packed = AlignedBytes::zeroed((up_len + down_len) * experts * W::DTYPE.size_bytes());
