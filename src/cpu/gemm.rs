@@ -18,6 +18,7 @@ mod tile;
 use super::simd::Simd;
 use product::Product;
 use std::ops::Range;
+use tile::Ahead;
 
 /// Outputs (rows of a weight matrix) in a panel.
 pub const PANEL: usize = 32;
@@ -150,7 +151,11 @@ pub fn panels_per_item(panels: usize, most: usize, blocks: usize, workers: usize
 }
 
 /// A block: all tokens against `panels`, over all k. `weights` holds all panels of the matrix, `steps * STEP_WEIGHTS` values
-/// each; `sums` as [`Blocking::sums_len`] says.
+/// each; `sums` as [`Blocking::sums_len`] says; `following` are weights that this worker will read next, if that is known.
+///
+/// With several tiles, each asks for its share of the next chunk of weights, so that memory works while the tiles compute: else
+/// the first tile of a chunk would wait for memory and the others leave it idle. A lone tile is bound by memory anyway, and
+/// reads a stream that the hardware foresees.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 pub fn multiply<S: Simd, P: Product>(
@@ -159,6 +164,7 @@ pub fn multiply<S: Simd, P: Product>(
     steps: usize,
     panels: Range<usize>,
     weights: &[P::W],
+    following: Option<&[P::W]>,
     blocking: Blocking,
     activations: &mut impl Activations<S, P>,
     sums: &mut [f32],
@@ -166,6 +172,7 @@ pub fn multiply<S: Simd, P: Product>(
 ) {
     let panel_len = steps * P::STEP_WEIGHTS;
     let rows: usize = tiles(S::TILE_TOKENS, tokens).map(|tile| tile.rows).sum();
+    let num_tiles = tiles(S::TILE_TOKENS, tokens).count();
     let whole = steps <= blocking.steps;
     let mut start = 0;
     loop {
@@ -173,10 +180,19 @@ pub fn multiply<S: Simd, P: Product>(
         activations.prepare(simd, start..end);
         for panel in panels.clone() {
             let chunk = &weights[panel * panel_len + start * P::STEP_WEIGHTS..][..(end - start) * P::STEP_WEIGHTS];
-            for tile in tiles(S::TILE_TOKENS, tokens) {
+            let next = if panel + 1 < panels.end {
+                weights.as_ptr().wrapping_add((panel + 1) * panel_len + start * P::STEP_WEIGHTS)
+            } else if end < steps {
+                weights.as_ptr().wrapping_add(panels.start * panel_len + end * P::STEP_WEIGHTS)
+            } else {
+                following.map_or(chunk.as_ptr(), <[P::W]>::as_ptr)
+            };
+            let stride = if num_tiles > 1 { (P::STEP_WEIGHTS * size_of::<P::W>()).div_ceil(num_tiles) } else { 0 };
+            for (i, tile) in tiles(S::TILE_TOKENS, tokens).enumerate() {
+                let ahead = Ahead { at: next.cast::<u8>().wrapping_add(i * stride * (end - start)), stride };
                 let at = if whole { 0 } else { ((panel - panels.start) * rows + tile.row) * PANEL };
                 let c = &mut sums[at..][..tile.rows * PANEL];
-                tile::tile::<S, P>(simd, tile.rows, activations.tile(tile, start..end), chunk, c, start == 0);
+                tile::tile::<S, P>(simd, tile.rows, activations.tile(tile, start..end), chunk, c, start == 0, ahead);
                 if end == steps {
                     epilogue.tile(simd, panel, tile, c);
                 }

@@ -367,6 +367,7 @@ impl<P: Product, T: Float, O: Float> Kernel for Item<'_, P, T, O> {
             plan.steps,
             panels,
             weights,
+            None,
             plan.blocking,
             &mut activations,
             self.sums,

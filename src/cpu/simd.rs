@@ -173,6 +173,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// Asks for the cache line at an address, which need not be valid.
     fn prefetch<T>(self, at: *const T);
+    /// [`Simd::prefetch`] no further than into the second level cache.
+    fn prefetch_l2<T>(self, at: *const T);
 
     /// All lanes 0.
     #[inline(always)]

@@ -235,6 +235,7 @@ impl<P: Product, T: Float> Kernel for UpItem<'_, P, T> {
             plan.up_steps,
             panels,
             group.experts.panels::<P::W>(block.expert)[0],
+            None,
             plan.up_blocking,
             &mut activations,
             self.sums,
@@ -324,8 +325,12 @@ impl<P: Product, T: Float, O: Float> Kernel for DownItem<'_, P, T, O> {
         for (i, group) in self.groups.iter().enumerate() {
             let Some(group) = group else { continue };
             let plan = &group.plan;
-            for block in group.blocks {
+            for (i, block) in group.blocks.iter().enumerate() {
                 let block = Block::from_raw(*block);
+                let down = |expert: usize| group.experts.panels::<P::W>(expert)[1];
+                let first_weight = self.panels.start * plan.down_steps * P::STEP_WEIGHTS;
+                let following =
+                    group.blocks.get(i + 1).map(|next| &down(Block::from_raw(*next).expert)[first_weight..]);
                 let len = padded_rows(S::TILE_TOKENS, block.len) * plan.inner_row;
                 // SAFETY: the first pass is over, and nobody writes inner rows in the second.
                 let inner = unsafe { group.inner.read(block.row * plan.inner_row, len) };
@@ -337,7 +342,8 @@ impl<P: Product, T: Float, O: Float> Kernel for DownItem<'_, P, T, O> {
                     block.len,
                     plan.down_steps,
                     self.panels.clone(),
-                    group.experts.panels::<P::W>(block.expert)[1],
+                    down(block.expert),
+                    following,
                     plan.down_blocking,
                     &mut activations,
                     self.sums,

@@ -361,4 +361,9 @@ impl<const BF16: bool> Simd for WithZmm<BF16> {
         // SAFETY: a prefetch reads nothing and faults on no address; every x86-64 CPU has SSE.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
+    #[inline(always)]
+    fn prefetch_l2<T>(self, at: *const T) {
+        // SAFETY: a prefetch reads nothing and faults on no address; every x86-64 CPU has SSE.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
 }

@@ -259,4 +259,6 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn prefetch<T>(self, _at: *const T) {}
+    #[inline(always)]
+    fn prefetch_l2<T>(self, _at: *const T) {}
 }
