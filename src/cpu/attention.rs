@@ -71,9 +71,14 @@ pub fn attention<T: Float>(
     if shape.num_tokens == 0 {
         return Ok(());
     }
-    let level = cpu.level;
-    dispatch(level, Call { cpu, spec, input, output, shape });
+    T::attention(Call { cpu, spec, input, output, shape });
     Ok(())
+}
+
+/// The computation for one element type, compiled in this crate: it is what [`Float::attention`] calls.
+pub fn attention_of<T: Float>(call: Call<'_, '_, T>) {
+    let level = call.cpu.level;
+    dispatch(level, call);
 }
 
 /// Workspace that [`attention`] needs at most for calls of this shape, in the rayon pool that the caller is in. `has_added`:
@@ -118,7 +123,8 @@ fn workspace_bytes(spec: &Attention, plan: &Plan) -> usize {
 }
 
 /// A checked call.
-struct Call<'a, 'b, T> {
+/// A checked call.
+pub struct Call<'a, 'b, T> {
     cpu: &'a mut Cpu,
     spec: &'a Attention,
     input: &'a AttentionInput<'b, T, f32>,

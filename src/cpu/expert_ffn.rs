@@ -7,18 +7,18 @@ mod plan;
 mod sort;
 
 pub use packed::{PackedExperts, PackedFfn};
+pub use passes::Run;
 pub(super) use passes::{Always, Routed};
 
 use super::float::Float;
 use super::level::dispatch;
-use super::parallel::Shared;
 use super::workspace::Carver;
 use super::{Cpu, Level};
 use crate::args::{Routing, check_expert_ffn, check_mlp};
 use crate::error::{Error, Result};
 use crate::spec::{ExpertFfn, Ffn};
 use crate::view::{View, ViewMut};
-use passes::{Call, Run, Size};
+use passes::{Call, Size};
 use plan::Sizes;
 use std::marker::PhantomData;
 
@@ -147,6 +147,11 @@ pub(super) fn experts_in<'a, T: Float, O: Float>(
     mut out: ViewMut<'a, O, 2>,
 ) {
     let out_stride = out.strides()[0];
-    let out = Shared::new(out.data_mut());
-    dispatch(level, Run { carver, call: Call { hidden, routed, always, out, out_stride } });
+    let out = O::any_shared(out.data_mut());
+    T::experts(level, Run { carver, call: Call { hidden, routed, always, out, out_stride } });
+}
+
+/// The computation for one type of activations, compiled in this crate: it is what [`Float::experts`] calls.
+pub(super) fn experts_of<T: Float>(level: Level, run: Run<'_, '_, T>) {
+    dispatch(level, run);
 }

@@ -1,5 +1,10 @@
 //! Element types that the CPU backend computes with.
 
+use super::attention::{Call, attention_of};
+use super::expert_ffn::{Run, experts_of};
+use super::level::Level;
+use super::linear::{Linear, linear_of};
+use super::parallel::{AnyShared, Shared};
 use super::simd::Simd;
 use crate::element::Element;
 use half::{bf16, f16};
@@ -20,9 +25,39 @@ pub trait Float: Element {
     /// Writes the first `min(LANES, len)` values.
     #[doc(hidden)]
     fn store_partial<S: Simd>(simd: S, dst: &mut [Self], x: S::F32);
+    /// The slice as one of any type.
+    #[doc(hidden)]
+    fn any_shared(slice: &mut [Self]) -> AnyShared<'_>;
+
+    // The large computations, one function per type: they are compiled here, once, not in every crate that calls them.
+    #[doc(hidden)]
+    fn linear(level: Level, call: Linear<'_, '_, Self>);
+    #[doc(hidden)]
+    fn experts(level: Level, run: Run<'_, '_, Self>);
+    #[doc(hidden)]
+    fn attention(call: Call<'_, '_, Self>);
+}
+
+/// The functions that are the same text for every type.
+macro_rules! compiled_here {
+    ($variant:ident) => {
+        fn any_shared(slice: &mut [Self]) -> AnyShared<'_> {
+            AnyShared::$variant(Shared::new(slice))
+        }
+        fn linear(level: Level, call: Linear<'_, '_, Self>) {
+            linear_of(level, call);
+        }
+        fn experts(level: Level, run: Run<'_, '_, Self>) {
+            experts_of(level, run);
+        }
+        fn attention(call: Call<'_, '_, Self>) {
+            attention_of(call);
+        }
+    };
 }
 
 impl Float for f32 {
+    compiled_here!(F32);
     #[inline(always)]
     fn load<S: Simd>(simd: S, src: &[f32]) -> S::F32 {
         simd.load(src)
@@ -42,6 +77,7 @@ impl Float for f32 {
 }
 
 impl Float for bf16 {
+    compiled_here!(Bf16);
     #[inline(always)]
     fn load<S: Simd>(simd: S, src: &[bf16]) -> S::F32 {
         simd.load_bf16(src)
@@ -61,6 +97,7 @@ impl Float for bf16 {
 }
 
 impl Float for f16 {
+    compiled_here!(F16);
     #[inline(always)]
     fn load<S: Simd>(simd: S, src: &[f16]) -> S::F32 {
         simd.load_f16(src)

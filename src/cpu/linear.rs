@@ -7,7 +7,7 @@ use super::gemm::{
     Blocking, Epilogue, PANEL, TileSpan, block_tokens, multiply, num_panels, padded_rows, panels_per_item,
 };
 use super::level::dispatch;
-use super::parallel::{self, Shared};
+use super::parallel::{self, AnyShared, Shared};
 use super::simd::{Kernel, Simd};
 use super::workspace::{AlignedBytes, Carver, part_bytes};
 use super::{Cpu, Level};
@@ -222,7 +222,12 @@ fn run<T: Float, O: Float>(
     mut out: ViewMut<'_, O, 3>,
 ) {
     let strides = out.strides();
-    dispatch(level, Linear { carver, x, weight, bias, out: Shared::new(out.data_mut()), strides });
+    T::linear(level, Linear { carver, x, weight, bias, out: O::any_shared(out.data_mut()), strides });
+}
+
+/// The computation for one type of activations, compiled in this crate: it is what [`Float::linear`] calls.
+pub fn linear_of<T: Float>(level: Level, call: Linear<'_, '_, T>) {
+    dispatch(level, call);
 }
 
 /// How a call is cut into items.
@@ -292,16 +297,17 @@ impl<S: Simd, T: Float> ProductKernel<S> for Size<'_, T> {
     }
 }
 
-struct Linear<'a, 'c, T, O> {
+/// A checked call.
+pub struct Linear<'a, 'c, T> {
     carver: &'a mut Carver<'c>,
     x: View<'a, T, 3>,
     weight: &'a PackedLinear,
     bias: Option<&'a [f32]>,
-    out: Shared<'a, O>,
+    out: AnyShared<'a>,
     strides: [usize; 3],
 }
 
-impl<T: Float, O: Float> Kernel for Linear<'_, '_, T, O> {
+impl<T: Float> Kernel for Linear<'_, '_, T> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
@@ -309,7 +315,7 @@ impl<T: Float, O: Float> Kernel for Linear<'_, '_, T, O> {
     }
 }
 
-impl<S: Simd, T: Float, O: Float> ProductKernel<S> for Linear<'_, '_, T, O> {
+impl<S: Simd, T: Float> ProductKernel<S> for Linear<'_, '_, T> {
     type Output = ();
     #[inline(always)]
     fn eval<P: Product>(self, simd: S) {
@@ -322,30 +328,30 @@ impl<S: Simd, T: Float, O: Float> ProductKernel<S> for Linear<'_, '_, T, O> {
             let (words, sums) = unsafe {
                 (words.part(worker * plan.words_len, plan.words_len), sums.part(worker * plan.sums_len, plan.sums_len))
             };
-            simd.run(Item::<P, T, O> { plan: &plan, call: &call, item, words, sums });
+            simd.run(Item::<P, T> { plan: &plan, call: &call, item, words, sums });
         });
     }
 }
 
 /// What all items share.
-struct Call<'a, T, O> {
+struct Call<'a, T> {
     x: View<'a, T, 3>,
     weight: &'a PackedLinear,
     bias: Option<&'a [f32]>,
-    out: Shared<'a, O>,
+    out: AnyShared<'a>,
     strides: [usize; 3],
 }
 
 /// One block of tokens against some panels of one head.
-struct Item<'a, P: Product, T, O> {
+struct Item<'a, P: Product, T> {
     plan: &'a Plan,
-    call: &'a Call<'a, T, O>,
+    call: &'a Call<'a, T>,
     item: usize,
     words: &'a mut [P::A],
     sums: &'a mut [f32],
 }
 
-impl<P: Product, T: Float, O: Float> Kernel for Item<'_, P, T, O> {
+impl<P: Product, T: Float> Kernel for Item<'_, P, T> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
@@ -391,13 +397,13 @@ impl<T: Float> Rows<T> for HeadRows<'_, T> {
 }
 
 /// Bias and rounding.
-struct Store<'a, T, O> {
-    call: &'a Call<'a, T, O>,
+struct Store<'a, T> {
+    call: &'a Call<'a, T>,
     first: usize,
     head: usize,
 }
 
-impl<S: Simd, T: Float, O: Float> Epilogue<S> for Store<'_, T, O> {
+impl<S: Simd, T: Float> Epilogue<S> for Store<'_, T> {
     #[inline(always)]
     fn tile(&mut self, simd: S, panel: usize, tile: TileSpan, c: &mut [f32]) {
         let call = self.call;
@@ -406,16 +412,18 @@ impl<S: Simd, T: Float, O: Float> Epilogue<S> for Store<'_, T, O> {
         let [token_stride, head_stride, _] = call.strides;
         for (i, sums) in c.chunks_exact(PANEL).take(tile.tokens).enumerate() {
             let at = (self.first + tile.token + i) * token_stride + self.head * head_stride + output;
-            // SAFETY: `out` was checked: no two (token, head, output) are the same place, and items do not share them.
-            let out = unsafe { call.out.part(at, width) };
-            for start in (0..width).step_by(S::LANES) {
-                let mut sum = simd.load(&sums[start..]);
-                if let Some(bias) = call.bias {
-                    let end = (output + start + S::LANES).min(bias.len());
-                    sum = simd.add(sum, simd.load_partial(&bias[output + start..end]));
+            let sum = |start: usize| {
+                let sum = simd.load(&sums[start..]);
+                match call.bias {
+                    Some(bias) => {
+                        let end = (output + start + S::LANES).min(bias.len());
+                        simd.add(sum, simd.load_partial(&bias[output + start..end]))
+                    }
+                    None => sum,
                 }
-                O::store_partial(simd, &mut out[start..], sum);
-            }
+            };
+            // SAFETY: `out` was checked: no two (token, head, output) are the same place, and items do not share them.
+            unsafe { call.out.store(simd, at, width, sum) };
         }
     }
 }

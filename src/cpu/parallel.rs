@@ -1,5 +1,8 @@
 //! Work shared by the threads of the caller's rayon pool, in items that any thread may take.
 
+use super::float::Float;
+use super::simd::Simd;
+use half::{bf16, f16};
 use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -94,6 +97,39 @@ impl<'a, T> Shared<'a, T> {
         // SAFETY: `at + len <= self.len` was asserted, `start` points to `self.len` values borrowed for 'a, and the caller
         // keeps parts disjoint.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
+    }
+}
+
+/// A [`Shared`] slice of any element type: what is written in one place in the library, whatever the caller's type.
+#[derive(Clone, Copy)]
+pub enum AnyShared<'a> {
+    F32(Shared<'a, f32>),
+    Bf16(Shared<'a, bf16>),
+    F16(Shared<'a, f16>),
+}
+
+impl AnyShared<'_> {
+    /// Writes `len` values from `at`: vector `i` of them is `value(i * LANES)`, rounded once.
+    ///
+    /// # Safety
+    /// As [`Shared::part`] for these values.
+    #[inline(always)]
+    pub unsafe fn store<S: Simd>(self, simd: S, at: usize, len: usize, value: impl Fn(usize) -> S::F32) {
+        // SAFETY: the caller keeps parts disjoint.
+        unsafe {
+            match self {
+                AnyShared::F32(out) => store_all(simd, out.part(at, len), value),
+                AnyShared::Bf16(out) => store_all(simd, out.part(at, len), value),
+                AnyShared::F16(out) => store_all(simd, out.part(at, len), value),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn store_all<S: Simd, O: Float>(simd: S, out: &mut [O], value: impl Fn(usize) -> S::F32) {
+    for at in (0..out.len()).step_by(S::LANES) {
+        O::store_partial(simd, &mut out[at..], value(at));
     }
 }
 

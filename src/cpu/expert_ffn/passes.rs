@@ -9,7 +9,7 @@ use crate::cpu::float::Float;
 use crate::cpu::gemm::pack::{PackedRows, Rows, transpose};
 use crate::cpu::gemm::product::{Product, ProductKernel, with_product};
 use crate::cpu::gemm::{Activations, Epilogue, MAX_TILE, PANEL, TileSpan, multiply, padded_rows};
-use crate::cpu::parallel::{self, Shared};
+use crate::cpu::parallel::{self, AnyShared, Shared};
 use crate::cpu::simd::{Kernel, Simd};
 use crate::cpu::workspace::Carver;
 use crate::element::Dtype;
@@ -35,15 +35,15 @@ pub struct Always<'a> {
 }
 
 /// `out[t] = combine_scale * sum_k w FFN_e(x[t]) + factor[t] * FFN_always(x[t])`
-pub struct Call<'a, T, O> {
+pub struct Call<'a, T> {
     pub hidden: View<'a, T, 2>,
     pub routed: Option<Routed<'a>>,
     pub always: Option<Always<'a>>,
-    pub out: Shared<'a, O>,
+    pub out: AnyShared<'a>,
     pub out_stride: usize,
 }
 
-impl<'a, T: Float, O> Call<'a, T, O> {
+impl<'a, T: Float> Call<'a, T> {
     fn sizes(&self) -> [Option<Sizes<'a>>; 2] {
         [
             self.routed.map(|r| Sizes { experts: r.experts, slots: r.routing.topk_ids.shape()[1] }),
@@ -83,12 +83,12 @@ impl<S: Simd, T: Float> ProductKernel<S> for Size<'_, T> {
 }
 
 /// The whole call.
-pub struct Run<'a, 'c, T, O> {
+pub struct Run<'a, 'c, T> {
     pub carver: &'a mut Carver<'c>,
-    pub call: Call<'a, T, O>,
+    pub call: Call<'a, T>,
 }
 
-impl<T: Float, O: Float> Kernel for Run<'_, '_, T, O> {
+impl<T: Float> Kernel for Run<'_, '_, T> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
@@ -120,7 +120,7 @@ impl<A> Group<'_, A> {
     }
 }
 
-impl<S: Simd, T: Float, O: Float> ProductKernel<S> for Run<'_, '_, T, O> {
+impl<S: Simd, T: Float> ProductKernel<S> for Run<'_, '_, T> {
     type Output = ();
     #[inline(always)]
     fn eval<P: Product>(self, simd: S) {
@@ -200,7 +200,7 @@ impl<S: Simd, T: Float, O: Float> ProductKernel<S> for Run<'_, '_, T, O> {
                 let panels = item * plan.down_panels..((item + 1) * plan.down_panels).min(panels);
                 let scale = call.routed.map_or(1.0, |routed| routed.spec.combine_scale as f32);
                 let (chunk, call, groups) = (chunk.clone(), &call, &groups);
-                simd.run(DownItem::<P, T, O> { groups, call, chunk, panels, scale, sums, totals });
+                simd.run(DownItem::<P, T> { groups, call, chunk, panels, scale, sums, totals });
             });
         }
     }
@@ -304,9 +304,9 @@ impl<S: Simd, P: Product> Epilogue<S> for StoreInner<'_, P> {
 }
 
 /// Second pass: all experts, in ascending order, against some panels of down; these columns of all tokens belong to the item.
-struct DownItem<'a, P: Product, T, O> {
+struct DownItem<'a, P: Product, T> {
     groups: &'a [Option<Group<'a, P::A>>; 2],
-    call: &'a Call<'a, T, O>,
+    call: &'a Call<'a, T>,
     chunk: Range<usize>,
     panels: Range<usize>,
     scale: f32,
@@ -314,7 +314,7 @@ struct DownItem<'a, P: Product, T, O> {
     totals: &'a mut [f32],
 }
 
-impl<P: Product, T: Float, O: Float> Kernel for DownItem<'_, P, T, O> {
+impl<P: Product, T: Float> Kernel for DownItem<'_, P, T> {
     type Output = ();
 
     #[inline(always)]
@@ -362,11 +362,9 @@ impl<P: Product, T: Float, O: Float> Kernel for DownItem<'_, P, T, O> {
         let column = self.panels.start * PANEL;
         let columns = width.min(self.call.hidden.shape()[1] - column);
         for (i, total) in totals.chunks_exact(width).enumerate() {
+            let first = (self.chunk.start + i) * self.call.out_stride + column;
             // SAFETY: `out` was checked to have rows that do not overlap, and these columns belong to this item.
-            let out = unsafe { self.call.out.part((self.chunk.start + i) * self.call.out_stride + column, columns) };
-            for at in (0..columns).step_by(S::LANES) {
-                O::store_partial(simd, &mut out[at..], simd.load(&total[at..]));
-            }
+            unsafe { self.call.out.store(simd, first, columns, |at| simd.load(&total[at..])) };
         }
     }
 }
