@@ -79,7 +79,7 @@ impl Writer {
 }
 
 /// Reads the file back and runs it on the reference and the best CPU level.
-fn run(file: &[u8], section: &str) -> Result<(), TestCaseError> {
+fn run(file: &[u8], section: &str, narrow: bool) -> Result<(), TestCaseError> {
     let case = Case::new(Tensors::parse(file).expect("the file can be read")).expect("the metadata can be read");
     for runner in [Runner::Reference, Runner::Cpu(Level::best())] {
         for line in case.run(section, runner, Dtype::F32) {
@@ -87,7 +87,11 @@ fn run(file: &[u8], section: &str) -> Result<(), TestCaseError> {
             prop_assert!(good, "{:?} {:?}", runner, line);
         }
     }
-    // In bf16 the reference on the rounded inputs is the truth.
+    // In bf16 the reference on the rounded inputs is the truth. A row of a few numbers says nothing there: the naive method,
+    // which sets the bound, may be exact by luck.
+    if narrow {
+        return Ok(());
+    }
     for line in case.run(section, Runner::Cpu(Level::best()), Dtype::BF16) {
         let good = matches!(line.outcome, Outcome::Ok { .. });
         prop_assert!(good, "bf16 {:?}", line);
@@ -109,10 +113,10 @@ fn sigmoid(x: f64) -> f64 {
 // ----------------------------------------------------------------------------- attention
 
 /// Steps 1 to 7 of the document, index by index.
-fn attention_file(seed: u64) -> Vec<u8> {
+fn attention_file(seed: u64) -> (Vec<u8>, bool) {
     let s = &mut Source(seed);
     let (batch, heads_kv, group) = (1 + s.below(3), 1 + s.below(2), 1 + s.below(3));
-    let (seq_q, cache, dim, dim_v) = (1 + s.below(6), s.below(5), 1 + s.below(9), 1 + s.below(9));
+    let (seq_q, cache, dim, dim_v) = (1 + s.below(6), s.below(5), 1 + s.below(9), 1 + s.below(40));
     let (heads, seq_k) = (heads_kv * group, seq_q + cache);
     let causal = s.flag();
     let window = s.flag().then(|| 1 + s.below(4));
@@ -199,12 +203,13 @@ fn attention_file(seed: u64) -> Vec<u8> {
         w.f64("attn.alibi_slopes", &[heads], slopes);
         w.i32("attn.alibi_pos", &[batch, seq_k], positions);
     }
-    w.finish(
+    let file = w.finish(
         "attn",
         json!({ "heads_q": heads, "heads_kv": heads_kv, "dim_qk": dim, "dim_v": dim_v, "scale": scale,
         "causal": causal, "window": window, "chunk": chunk, "softcap": softcap, "q_start": q_start, "k_start": k_start,
         "cache_len": cache, "fully_masked_rows": if dead.contains(&true) { "zero" } else { "none" } }),
-    )
+    );
+    (file, dim_v < 16)
 }
 
 // ----------------------------------------------------------------------------- mixture of experts
@@ -405,6 +410,10 @@ fn moe_file(seed: u64) -> Option<Vec<u8>> {
         }
     }
     let after_drop = capacity.is_some_and(|c| c.3);
+    // The document speaks of a sum; what a dropped pair is to a softmax it does not say.
+    if after_drop && weight_norm == "softmax_selected" {
+        return None;
+    }
     for (t, w) in weights.iter_mut().enumerate().filter(|_| !sparse) {
         if after_drop {
             w.iter_mut().zip(&kept[t]).for_each(|(w, k)| *w *= f64::from(u8::from(*k)));
@@ -541,14 +550,15 @@ proptest! {
 
     #[test]
     fn attention(seed in any::<u64>()) {
-        run(&attention_file(seed), "attn")?;
+        let (file, narrow) = attention_file(seed);
+        run(&file, "attn", narrow)?;
     }
 
     #[test]
     fn mixture(seed in any::<u64>()) {
         let file = moe_file(seed);
         prop_assume!(file.is_some());
-        run(&file.unwrap_or_default(), "moe")?;
+        run(&file.unwrap_or_default(), "moe", false)?;
     }
 
     /// Whatever the bytes are: an error or a case, never a panic.
@@ -560,7 +570,7 @@ proptest! {
     /// A file with some bytes changed: whatever it says, running it does not panic.
     #[test]
     fn damaged(seed in any::<u64>(), places in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
-        let mut file = attention_file(seed);
+        let mut file = attention_file(seed).0;
         for (place, byte) in places {
             let at = place.index(file.len());
             file[at] = byte;

@@ -96,9 +96,7 @@ fn sigmoid(x: f32) -> f32 {
 fn activate(activation: Activation, gate: Option<f32>, up: f32) -> f32 {
     let act = |x: f32| match activation {
         Activation::GeluErf => 0.5 * x * (1.0 + erf(x / 2f32.sqrt())),
-        Activation::GeluTanh => {
-            0.5 * x * (1.0 + ((2.0 / std::f32::consts::PI).sqrt() * (x + 0.044_715 * x * x * x)).tanh())
-        }
+        Activation::GeluTanh => x * sigmoid(2.0 * (2.0 / std::f32::consts::PI).sqrt() * (x + 0.044_715 * x * x * x)),
         Activation::Relu => x.max(0.0),
         Activation::ReluSquared => x.max(0.0) * x.max(0.0),
         _ => x * sigmoid(x),

@@ -102,7 +102,8 @@ fn activate(activation: Activation, x: f64) -> f64 {
         Activation::Silu => x / (1.0 + (-x).exp()),
         // 1 + erf(z) = erfc(-z), without the cancellation.
         Activation::GeluErf => x / 2.0 * erfc(-x / SQRT_2),
-        Activation::GeluTanh => x / 2.0 * (1.0 + ((2.0 / PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh()),
+        // (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z)), which does not cancel where tanh(z) is near -1.
+        Activation::GeluTanh => x / (1.0 + (-2.0 * (2.0 / PI).sqrt() * (x + 0.044715 * x.powi(3))).exp()),
         Activation::Relu => relu(x),
         Activation::ReluSquared => relu(x).powi(2),
         Activation::SwigluClamped { .. } => unreachable!("`Ffn::validate` has refused a clamped SwiGLU without a gate"),
