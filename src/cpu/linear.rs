@@ -410,20 +410,17 @@ impl<S: Simd, T: Float> Epilogue<S> for Store<'_, T> {
         let output = panel * PANEL;
         let width = PANEL.min(call.weight.outputs - output);
         let [token_stride, head_stride, _] = call.strides;
-        for (i, sums) in c.chunks_exact(PANEL).take(tile.tokens).enumerate() {
+        for (i, sums) in c.chunks_exact_mut(PANEL).take(tile.tokens).enumerate() {
             let at = (self.first + tile.token + i) * token_stride + self.head * head_stride + output;
-            let sum = |start: usize| {
-                let sum = simd.load(&sums[start..]);
-                match call.bias {
-                    Some(bias) => {
-                        let end = (output + start + S::LANES).min(bias.len());
-                        simd.add(sum, simd.load_partial(&bias[output + start..end]))
-                    }
-                    None => sum,
+            if let Some(bias) = call.bias {
+                for start in (0..width).step_by(S::LANES) {
+                    let end = (output + start + S::LANES).min(bias.len());
+                    let sum = simd.add(simd.load(&sums[start..]), simd.load_partial(&bias[output + start..end]));
+                    simd.store(&mut sums[start..], sum);
                 }
-            };
+            }
             // SAFETY: `out` was checked: no two (token, head, output) are the same place, and items do not share them.
-            unsafe { call.out.store(simd, at, width, sum) };
+            unsafe { call.out.store(simd, at, width, sums) };
         }
     }
 }

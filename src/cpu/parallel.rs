@@ -109,27 +109,28 @@ pub enum AnyShared<'a> {
 }
 
 impl AnyShared<'_> {
-    /// Writes `len` values from `at`: vector `i` of them is `value(i * LANES)`, rounded once.
+    /// Writes `len` values from `at`, rounded once; `values` has at least as many, in whole vectors.
     ///
     /// # Safety
     /// As [`Shared::part`] for these values.
     #[inline(always)]
-    pub unsafe fn store<S: Simd>(self, simd: S, at: usize, len: usize, value: impl Fn(usize) -> S::F32) {
+    pub unsafe fn store<S: Simd>(self, simd: S, at: usize, len: usize, values: &[f32]) {
         // SAFETY: the caller keeps parts disjoint.
         unsafe {
             match self {
-                AnyShared::F32(out) => store_all(simd, out.part(at, len), value),
-                AnyShared::Bf16(out) => store_all(simd, out.part(at, len), value),
-                AnyShared::F16(out) => store_all(simd, out.part(at, len), value),
+                AnyShared::F32(out) => store_all(simd, out.part(at, len), values),
+                AnyShared::Bf16(out) => store_all(simd, out.part(at, len), values),
+                AnyShared::F16(out) => store_all(simd, out.part(at, len), values),
             }
         }
     }
 }
 
+// Not a closure per vector: one that is called from three places is not inlined into the code of the level.
 #[inline(always)]
-fn store_all<S: Simd, O: Float>(simd: S, out: &mut [O], value: impl Fn(usize) -> S::F32) {
+fn store_all<S: Simd, O: Float>(simd: S, out: &mut [O], values: &[f32]) {
     for at in (0..out.len()).step_by(S::LANES) {
-        O::store_partial(simd, &mut out[at..], value(at));
+        O::store_partial(simd, &mut out[at..], simd.load(&values[at..]));
     }
 }
 

@@ -364,7 +364,7 @@ impl<P: Product, T: Float> Kernel for DownItem<'_, P, T> {
         for (i, total) in totals.chunks_exact(width).enumerate() {
             let first = (self.chunk.start + i) * self.call.out_stride + column;
             // SAFETY: `out` was checked to have rows that do not overlap, and these columns belong to this item.
-            unsafe { self.call.out.store(simd, first, columns, |at| simd.load(&total[at..])) };
+            unsafe { self.call.out.store(simd, first, columns, total) };
         }
     }
 }
