@@ -385,7 +385,7 @@ impl Backend for Reference {
     fn pack_moe<'a, W: Float>(&mut self, _: &Moe, weights: &'a MoeArrays<W>) -> Result<&'a dyn Mixture> {
         Ok(weights)
     }
-    fn pack_mla<'a, W: Float>(&mut self, _: &Mla, kv_b: &'a Array<W>) -> Result<Array<f64>> {
+    fn pack_mla<W: Float>(&mut self, _: &Mla, kv_b: &Array<W>) -> Result<Array<f64>> {
         Ok(kv_b.cast())
     }
     fn norm<const N: usize>(

@@ -34,16 +34,16 @@ impl<T: cpu::Float> Backend for CpuBackend<T> {
         self.cpu.level().name().into()
     }
 
-    fn pack_linear<'a, W: Float>(&mut self, weight: &'a Array<W>) -> Result<cpu::PackedLinear> {
+    fn pack_linear<W: Float>(&mut self, weight: &Array<W>) -> Result<cpu::PackedLinear> {
         cpu::PackedLinear::pack(weight.rows())
     }
-    fn pack_mlp<'a, W: Float>(&mut self, spec: &Ffn, weights: &'a FfnArrays<W>) -> Result<cpu::PackedFfn> {
+    fn pack_mlp<W: Float>(&mut self, spec: &Ffn, weights: &FfnArrays<W>) -> Result<cpu::PackedFfn> {
         cpu::PackedFfn::pack(spec, &weights.block(&weights.biases::<f32>()))
     }
-    fn pack_moe<'a, W: Float>(&mut self, spec: &Moe, weights: &'a MoeArrays<W>) -> Result<cpu::PackedMoe> {
+    fn pack_moe<W: Float>(&mut self, spec: &Moe, weights: &MoeArrays<W>) -> Result<cpu::PackedMoe> {
         cpu::PackedMoe::pack(spec, &weights.weights(&weights.vectors::<f32>()))
     }
-    fn pack_mla<'a, W: Float>(&mut self, spec: &Mla, kv_b: &'a Array<W>) -> Result<cpu::PackedMla> {
+    fn pack_mla<W: Float>(&mut self, spec: &Mla, kv_b: &Array<W>) -> Result<cpu::PackedMla> {
         cpu::PackedMla::pack(spec, kv_b.view())
     }
     fn norm<const N: usize>(

@@ -651,7 +651,7 @@ impl Case {
         if latent { vec![Options::default(), absorbed] } else { vec![Options::default()] }
     }
 
-    fn wkv<B: Backend>(&self, b: &mut B, dtype: Dtype) -> Answer<(Array<B::A>, Option<Array<B::S>>)> {
+    fn wkv<B: Backend>(&self, b: &mut B, dtype: Dtype) -> Answer<WithState<B::A, B::S>> {
         let (k, v) = (self.rounded("wkv.k", dtype)?.cast::<B::A>(), self.rounded("wkv.v", dtype)?.cast::<B::A>());
         let side = |name: &str| Ok::<Vec<B::S>, Stop>(cast(&self.exact(name)?.data));
         let (decay, first) = (side("wkv.decay")?, side("wkv.first")?);
@@ -765,6 +765,10 @@ impl Collected {
 }
 
 type Sections = Vec<(String, Outcome)>;
+/// An output and the state after it.
+type WithState<A, S> = (Array<A>, Option<Array<S>>);
+/// Experts and weights, `[tokens, slots]`.
+type Choice = (Array<i32>, Array<f64>);
 
 impl Case {
     /// f32 and f64: everything against the stored truth, by the measure of the format.
@@ -989,7 +993,7 @@ impl Case {
         spec: &Moe,
         arrays: &MoeArrays<f64>,
         dtype: Dtype,
-        replay: Option<(&Array<f64>, &(Array<i32>, Array<f64>))>,
+        replay: Option<(&Array<f64>, &Choice)>,
     ) -> Answer<Routed<B::A>> {
         let mut rounded = Rounded::default();
         let packed = pack_rounded(b, spec, arrays, &mut rounded, dtype)?;

@@ -715,7 +715,7 @@ impl<'w, B: Backend> PackedLayer<'w, B> {
     }
 
     /// Keys and values of all heads from the latent cache.
-    fn expand(&self, b: &mut B, block: &MlaBlock, cache: &Cache<B::A>) -> Result<(Array<B::A>, Array<B::A>)> {
+    fn expand(&self, b: &mut B, block: &MlaBlock, cache: &Cache<B::A>) -> Result<Pair<B::A>> {
         let m = &block.mla;
         let (heads, nope, rope_dim, rank) = (m.num_heads, m.nope_dim, m.rope_dim, m.kv_lora_rank);
         let Some(parts) = &self.mla else { return Err(unsupported("latent attention")) };
@@ -827,6 +827,9 @@ impl<'w, B: Backend> PackedLayer<'w, B> {
         }
     }
 }
+
+/// Keys and values.
+type Pair<A> = (Array<A>, Array<A>);
 
 /// Columns from one head's query to the next: with an output gate each head has its query first, then its gate.
 fn q_stride(block: &GqaBlock) -> usize {
