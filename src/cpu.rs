@@ -25,7 +25,7 @@ mod simd;
 mod wkv;
 mod workspace;
 
-pub use attention::{attention, attention_workspace_bytes, merge};
+pub use attention::{attention, attention_workspace_bytes, merge, merge_workspace_bytes};
 pub use expert_ffn::{PackedExperts, PackedFfn, expert_ffn, expert_ffn_workspace_bytes, mlp, mlp_workspace_bytes};
 pub use float::Float;
 pub use level::Level;

@@ -6,7 +6,9 @@
 mod common;
 
 use common::attention_case::{Alibi, DenseBias, DenseMask, KvLayout, Sinks};
-use common::{AttentionCase, AttentionOptions, Layout as ArrayLayout, Rng, RouteCase};
+use common::{
+    AttentionCase, AttentionOptions, ExpertCase, ExpertOptions, GateUp, Layout as ArrayLayout, MoeCase, Rng, RouteCase,
+};
 use gatefold::args::*;
 use gatefold::cpu::{self, Cpu, Level};
 use gatefold::spec::*;
@@ -103,6 +105,38 @@ fn linear() {
             |cpu| cpu::linear(cpu, View::new(&x, [n, 48]), &weight, None, ViewMut::new(&mut out, [n, 64])).unwrap(),
         );
     }
+    let heads = cpu::PackedLinear::pack_heads(View::new(&rng.normals::<bf16>(3 * 20 * 16, 0.1), [3, 20, 16])).unwrap();
+    for n in [1, 40] {
+        let x: Vec<bf16> = rng.normals(n * 48, 1.0);
+        let mut out = vec![bf16::ZERO; n * 60];
+        check(
+            "linear_heads",
+            |cpu| cpu::linear_workspace_bytes::<bf16>(cpu, &heads, n),
+            |cpu| {
+                let (x, out) = (View::new(&x, [n, 3, 16]), ViewMut::new(&mut out, [n, 3, 20]));
+                cpu::linear_heads(cpu, x, &heads, out).unwrap();
+            },
+        );
+    }
+}
+
+#[test]
+fn latent_attention() {
+    let spec = Mla::new(4, 24, 16, 8, 20);
+    let kv_b = cpu::PackedMla::pack(&spec, View::new(&vec![0.5f32; 4 * 36 * 24], [4, 36, 24])).unwrap();
+    for n in [1, 40] {
+        let (q, latent) = (vec![1.0f32; n * 4 * 16], vec![1.0f32; n * 4 * 24]);
+        let bytes = |cpu: &Cpu| cpu::mla_workspace_bytes::<f32>(cpu, &kv_b, n);
+        let mut out = vec![0.0; n * 4 * 24];
+        check("mla_absorb_query", bytes, |cpu| {
+            let (q, out) = (View::new(&q, [n, 4, 16]), ViewMut::new(&mut out, [n, 4, 24]));
+            cpu::mla_absorb_query(cpu, &spec, q, &kv_b, out).unwrap();
+        });
+        check("mla_project_value", bytes, |cpu| {
+            let (latent, out) = (View::new(&latent, [n, 4, 24]), ViewMut::new(&mut out[..n * 80], [n, 4, 20]));
+            cpu::mla_project_value(cpu, &spec, latent, &kv_b, out).unwrap();
+        });
+    }
 }
 
 #[test]
@@ -134,6 +168,148 @@ fn attention() {
                 cpu::attention(cpu, &case.spec, &input, output).unwrap();
             },
         );
+    }
+}
+
+#[test]
+fn merge() {
+    let (parts, n, heads, width) = (3, 40, 4, 24);
+    let (outs, lses) = (vec![0.5f32; parts * n * heads * width], vec![1.0f32; parts * n * heads]);
+    let (mut out, mut lse) = (vec![0.0f32; n * heads * width], vec![0.0; n * heads]);
+    check(
+        "merge",
+        |_| cpu::merge_workspace_bytes(n, heads, width),
+        |cpu| {
+            let (out, lse) = (ViewMut::new(&mut out, [n, heads, width]), ViewMut::new(&mut lse, [n, heads]));
+            let (outs, lses) = (View::new(&outs, [parts, n, heads, width]), View::new(&lses, [parts, n, heads]));
+            cpu::merge(cpu, outs, lses, AttentionOutput::with_lse(out, lse)).unwrap();
+        },
+    );
+}
+
+#[test]
+fn linear_attention() {
+    let (n, heads, dim, width) = (37, 4, 16, 24);
+    let (q, v) = (vec![0.1f32; n * heads * dim], vec![0.1f32; n * heads * width]);
+    let (mut out, mut state) = (vec![0.0; n * heads * width], vec![0.0; heads * dim * width]);
+    for form in [RetentionForm::Parallel, RetentionForm::Recurrent, RetentionForm::Chunkwise(8)] {
+        let mut spec = Retention::new(heads, dim, width);
+        spec.form = form;
+        let (q, v) = (View::new(&q, [n, heads, dim]), View::new(&v, [n, heads, width]));
+        check(
+            "retention",
+            |_| cpu::retention_workspace_bytes(&spec, n),
+            |cpu| {
+                let (out, state) =
+                    (ViewMut::new(&mut out, [n, heads, width]), ViewMut::new(&mut state, [heads, dim, width]));
+                let input = RetentionInput::new(q, q, v, &[0.9, 0.8, 0.7, 0.6]);
+                cpu::retention(cpu, &spec, &input, RetentionOutput::with_state(out, state)).unwrap();
+            },
+        );
+    }
+    let shape @ [batch, _, channels] = [2, 9, 100];
+    let x = vec![0.1f32; shape.iter().product()];
+    let vector = vec![0.2; channels];
+    let (mut out, mut state) = (vec![0.0; x.len()], vec![0.0; 3 * batch * channels]);
+    check(
+        "wkv",
+        |_| cpu::wkv_workspace_bytes(channels),
+        |cpu| {
+            let (out, state) = (ViewMut::new(&mut out, shape), ViewMut::new(&mut state, [3, batch, channels]));
+            let input = WkvInput::new(View::new(&x, shape), View::new(&x, shape), &vector, &vector);
+            cpu::wkv(cpu, &input, WkvOutput::with_state(out, state)).unwrap();
+        },
+    );
+}
+
+/// A mixture with everything, for a few tokens and for more than a tile.
+fn mixture(n: usize) -> MoeCase<bf16, bf16, f32> {
+    let mut router = Router::new(8, 2);
+    (router.jitter, router.aux_loss, router.second_expert) = (Some(0.1), Some(AuxLoss::TopK), SecondExpert::Random);
+    router.capacity = Some(Capacity::new(CapacityLimit::Factor(1.5)));
+    let mut spec = Moe::new(router, ExpertFfn::new(8, Ffn::gated(40, 24, Activation::Silu)));
+    (spec.experts.ffn.up_bias, spec.experts.ffn.down_bias) = (true, true);
+    (spec.router_bias, spec.selection_bias) = (true, true);
+    let mut shared = SharedExpert::new(Ffn::gated(40, 30, Activation::GeluErf));
+    shared.sigmoid_gate = true;
+    spec.shared = Some(shared);
+    let options = ExpertOptions { num_tokens: n, slots: 2, gate_up: GateUp::Halves, layout: ArrayLayout::Contiguous };
+    MoeCase::new(&spec, options, 5)
+}
+
+#[test]
+fn experts() {
+    for n in [1, 40] {
+        let case: ExpertCase<bf16, bf16> = mixture(n).experts;
+        let mut out = vec![bf16::ZERO; n * 40];
+        let packed = cpu::PackedExperts::pack(&case.spec, &case.weights()).unwrap();
+        check(
+            "expert_ffn",
+            |cpu| cpu::expert_ffn_workspace_bytes::<bf16>(cpu, &packed, n, 2),
+            |cpu| {
+                let out = ViewMut::new(&mut out, [n, 40]);
+                cpu::expert_ffn(cpu, &case.spec, case.hidden.view(), &case.routing(), &packed, out).unwrap();
+            },
+        );
+        let block = cpu::PackedFfn::pack(&case.spec.ffn, &case.weights().expert(0)).unwrap();
+        check(
+            "mlp",
+            |cpu| cpu::mlp_workspace_bytes::<bf16>(cpu, &block, n),
+            |cpu| {
+                let out = ViewMut::new(&mut out, [n, 40]);
+                cpu::mlp(cpu, &case.spec.ffn, case.hidden.view(), &block, out).unwrap();
+            },
+        );
+    }
+}
+
+#[test]
+fn mixtures() {
+    for n in [1, 40] {
+        let case = mixture(n);
+        let packed = cpu::PackedMoe::pack(&case.spec, &case.weights()).unwrap();
+        let router = cpu::PackedLinear::pack(case.router.view()).unwrap();
+        let mut logits = vec![0.0; n * 8];
+        check(
+            "router_logits",
+            |cpu| cpu::router_logits_workspace_bytes::<bf16>(cpu, &case.spec.router, &router, n),
+            |cpu| {
+                let (spec, x) = (&case.spec.router, case.experts.hidden.view());
+                let out = ViewMut::new(&mut logits, [n, 8]);
+                cpu::router_logits(cpu, spec, x, &router, case.router_bias.as_deref(), 3, out).unwrap();
+            },
+        );
+        let mut out = vec![bf16::ZERO; n * 40];
+        let (mut ids, mut weights) = (vec![0; n * 2], vec![0.0; n * 2]);
+        for (given, asked) in [(false, false), (false, true), (true, false)] {
+            check(
+                "moe",
+                |cpu| cpu::moe_workspace_bytes::<bf16>(cpu, &case.spec, &packed, n),
+                |cpu| {
+                    let mut input = case.input();
+                    input.routing = given.then(|| case.experts.routing());
+                    let mut output = MoeOutput::new(ViewMut::new(&mut out, [n, 40]));
+                    let weights = ViewMut::new(&mut weights, [n, 2]);
+                    output.route = asked.then(|| RouteOutput::new(ViewMut::new(&mut ids, [n, 2]), weights));
+                    cpu::moe(cpu, &case.spec, &input, &packed, output).unwrap();
+                },
+            );
+        }
+    }
+}
+
+/// Every function of the backend is counted here, or it only tells a size.
+#[test]
+fn no_function_is_missing() {
+    let exports =
+        include_str!("../src/cpu.rs").lines().filter_map(|line| line.strip_prefix("pub use ")?.split_once("::"));
+    let names: Vec<&str> = exports
+        .flat_map(|(_, names)| names.split(['{', '}', ',', ';', ' ']))
+        .filter(|name| name.starts_with(|c: char| c.is_ascii_lowercase()) && !name.ends_with("_workspace_bytes"))
+        .collect();
+    assert!(names.len() >= 19 && names.contains(&"moe"), "{names:?}");
+    for name in names {
+        assert!(include_str!("alloc.rs").contains(&format!("cpu::{name}(cpu, ")), "cpu::{name} is not counted");
     }
 }
 

@@ -19,7 +19,7 @@ use crate::element::Dtype;
 use crate::error::Result;
 use crate::spec::Attention;
 use block::RunItem;
-pub use merge::merge;
+pub use merge::{merge, merge_workspace_bytes};
 use operand::Operand;
 use plan::{Costs, Item, Plan};
 use problem::Problem;

@@ -184,7 +184,8 @@ pub fn moe<T: Float, O: Float>(
     Ok(())
 }
 
-/// Workspace of [`moe`] for activations `T`, in the rayon pool of the caller, whatever is given and asked for.
+/// Workspace of [`moe`] for activations `T`, in the rayon pool of the caller, whatever is given and asked for; a routing that is
+/// given has at most [`Router::slots`](crate::spec::Router::slots) experts per token.
 pub fn moe_workspace_bytes<T: Float>(cpu: &Cpu, spec: &Moe, weights: &PackedMoe, num_tokens: usize) -> usize {
     workspace_bytes::<T>(cpu, spec, weights, num_tokens, spec.router.slots(), true, true)
 }

@@ -26,6 +26,7 @@ macro_rules! with {
 pub mod attention_case;
 pub mod buffer;
 pub mod data;
+pub mod mixture_case;
 pub mod moe_case;
 pub mod naive;
 pub mod pairs;
@@ -38,6 +39,7 @@ pub mod tolerance;
 pub use attention_case::{AttentionCase, AttentionOptions, AttentionResult};
 pub use buffer::{Array, Layout, Output};
 pub use data::Rng;
+pub use mixture_case::{MoeCase, MoeResult};
 pub use moe_case::{ExpertCase, ExpertOptions, GateUp, RouteCase, RouteResult};
 pub use tolerance::{assert_close, assert_rows, check_rows};
 

@@ -26,8 +26,6 @@ const ROWS: usize = 32;
 /// A part with `lse = -inf` is not read. All parts `-inf`, or no parts: `out = 0`, `lse = -inf`. Parts with `lse = inf` share all of
 /// the weight; a NaN makes its row NaN. Sinks belong to one part alone. Parts are added in order, in f32.
 ///
-/// Needs `value_dim` values of `f32` of the workspace for each thread of the pool.
-///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Stride`](crate::Error::Stride), [`Error::Len`](crate::Error::Len).
 /// Nothing is written then.
@@ -40,12 +38,14 @@ pub fn merge<T: Float, O: Float>(
     output: AttentionOutput<'_, O, f32>,
 ) -> Result<()> {
     let [num_parts, num_tokens, num_heads, value_dim] = check_merge(&outs, &lses, &output)?;
+    if value_dim == 0 && output.lse.is_none() {
+        return Ok(()); // no memory bounds the number of rows then
+    }
     let rows = num_tokens * num_heads;
     let items = rows.div_ceil(ROWS);
     let words = part_bytes::<f32>(value_dim) / size_of::<f32>();
-    let workers = parallel::workers_for(items);
-    let mut carver = cpu.workspace.carve(part_bytes::<f32>(workers * words));
-    let scratch = Shared::new(carver.part::<f32>(workers * words));
+    let mut carver = cpu.workspace.carve(merge_workspace_bytes(num_tokens, num_heads, value_dim));
+    let scratch = Shared::new(carver.part::<f32>(parallel::workers_for(items) * words));
     let AttentionOutput { out, lse } = output;
     let out_strides = out.strides();
     let merge = Merge {
@@ -64,6 +64,12 @@ pub fn merge<T: Float, O: Float>(
         dispatch(level, MergeRows { merge: &merge, rows, sum });
     });
     Ok(())
+}
+
+/// Workspace of [`merge`], in the rayon pool of the caller.
+pub fn merge_workspace_bytes(num_tokens: usize, num_heads: usize, value_dim: usize) -> usize {
+    let workers = parallel::workers_for(num_tokens.saturating_mul(num_heads).div_ceil(ROWS));
+    part_bytes::<f32>(value_dim).saturating_mul(workers)
 }
 
 struct Merge<'a, T, O> {
