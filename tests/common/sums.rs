@@ -3,8 +3,9 @@
 use super::moe_case::ExpertCase;
 use super::naive::Store;
 use super::tolerance::check_rows;
-use gatefold::Element;
+use gatefold::cpu::Level;
 use gatefold::spec::WeightOn;
+use gatefold::{Dtype, Element};
 
 /// So many sums give the error of a method; fewer give its luck.
 const ENOUGH: usize = 128;
@@ -41,6 +42,12 @@ pub fn naive_sum(terms: &[f32], extra: f32, exact: f64, starts: usize) -> f32 {
 /// Starts for [`naive_sum`] when there are so many sums.
 pub fn starts_for(sums: usize) -> usize {
     (4096 / sums.max(1)).clamp(8, 64)
+}
+
+/// How the CPU keeps the inner values of experts: products of two bf16 have bf16 inputs.
+pub fn inner_store<T: Element, W: Element>(level: Level) -> Store {
+    let dot = level.name() == "avx512bf16" && T::DTYPE == Dtype::BF16 && W::DTYPE == Dtype::BF16;
+    if dot { Store::Storage } else { Store::F32 }
 }
 
 /// [`super::naive::expert_ffn`] with every sum as [`naive_sum`] makes it; the fewer values share an error's luck, the more

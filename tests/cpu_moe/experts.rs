@@ -1,23 +1,15 @@
 //! `cpu::expert_ffn` and `cpu::mlp` at every level against the reference.
 
-mod common;
-
-use common::moe_case::{ExpertCase, ExpertOptions, GateUp};
-use common::naive::Store;
-use common::sums::{assert_sums, bits, naive_experts, with_threads};
-use common::{Array, Layout, Output, strategies};
+use crate::common::moe_case::{ExpertCase, ExpertOptions, GateUp};
+use crate::common::naive::Store;
+use crate::common::sums::{assert_sums, bits, inner_store, naive_experts, with_threads};
+use crate::common::{Array, Layout, Output, strategies};
 use gatefold::args::Routing;
 use gatefold::cpu::{self, Cpu, Float, Level, PackedExperts, PackedFfn};
 use gatefold::spec::{Activation, ExpertFfn, Ffn, WeightOn};
 use gatefold::{Dtype, Error, View, ViewMut, reference};
 use half::{bf16, f16};
 use proptest::prelude::*;
-
-/// Where inner values are rounded to the storage type.
-fn store<T: Float, W: Float>(level: Level) -> Store {
-    let dot = level.name() == "avx512bf16" && T::DTYPE == Dtype::BF16 && W::DTYPE == Dtype::BF16;
-    if dot { Store::Storage } else { Store::F32 }
-}
 
 /// A call at a level, in so many threads, for some of the tokens.
 fn call<T: Float, W: Float, O: Float>(
@@ -56,7 +48,7 @@ fn check<T: Float, W: Float, O: Float>(case: &ExpertCase<T, W>, threads: usize, 
     let mut naive: Vec<(Store, Vec<O>)> = Vec::new();
     for level in Level::available() {
         let what = format!("{level} {:?} x {:?} -> {:?}, {spec:?}, {:?}", T::DTYPE, W::DTYPE, O::DTYPE, case.options);
-        let store = store::<T, W>(level);
+        let store = inner_store::<T, W>(level);
         if !naive.iter().any(|(s, _)| *s == store) {
             naive.push((store, naive_experts::<T, W, O>(case, store)));
         }

@@ -1,0 +1,421 @@
+//! `cpu::moe` at every level against the reference: any router, with the routing computed inside or given, and any shared expert.
+
+use crate::common::naive::Store;
+use crate::common::sums::{assert_sums, bits, inner_store, naive_experts, naive_sum, with_threads};
+use crate::common::tolerance::ulp;
+use crate::common::{
+    Array, ExpertCase, ExpertOptions, GateUp, Layout, MoeCase, MoeResult, Output, RouteResult, strategies,
+};
+use gatefold::args::{MoeInput, MoeOutput, RouteOutput, Routing};
+use gatefold::cpu::{self, Cpu, Float, Level, PackedLinear, PackedMoe};
+use gatefold::spec::{
+    Activation, AuxLoss, ExpertFfn, Ffn, Moe, Renormalize, Router, Score, SecondExpert, Selection, SharedExpert,
+    WeightOn,
+};
+use gatefold::{Dtype, Error, View, ViewMut, reference};
+use half::{bf16, f16};
+use proptest::prelude::*;
+use proptest::sample::select;
+
+/// Ids and weights of a routing, to give to a call.
+struct Chosen {
+    ids: Array<i32, 2>,
+    weights: Array<f32, 2>,
+}
+
+impl Chosen {
+    fn of<T: Float, W: Float, Q: Float>(case: &MoeCase<T, W, Q>, route: &RouteResult<f32>) -> Chosen {
+        let shape = [case.num_tokens(), case.spec.router.slots()];
+        let layout = case.experts.options.layout;
+        Chosen { ids: Array::new(shape, layout, &route.ids), weights: Array::new(shape, layout, &route.weights) }
+    }
+
+    fn routing(&self) -> Routing<'_, f32> {
+        Routing::new(self.ids.view(), self.weights.view())
+    }
+}
+
+fn call<T: Float, W: Float, Q: Float, O: Float>(
+    case: &MoeCase<T, W, Q>,
+    packed: &PackedMoe,
+    level: Level,
+    threads: usize,
+    given: Option<Routing<'_, f32>>,
+    ask: bool,
+) -> MoeResult<O, f32> {
+    with_threads(threads, || {
+        let mut cpu = Cpu::with_level(level);
+        cpu.reserve(cpu::moe_workspace_bytes::<T>(&cpu, &case.spec, packed, case.num_tokens()));
+        let reserved = cpu.workspace_bytes();
+        let slots = given.as_ref().map_or(0, |routing| routing.topk_ids.shape()[1]);
+        let result = case.run(given, ask, |spec, input, output| cpu::moe(&mut cpu, spec, input, packed, output));
+        let more_slots = slots > case.spec.router.slots();
+        assert!(more_slots || cpu.workspace_bytes() == reserved, "the workspace grew");
+        result
+    })
+}
+
+/// The textbook method: experts one slot after the other, then the shared one times its gate.
+fn naive<T: Float, W: Float, Q: Float, O: Float>(case: &MoeCase<T, W, Q>, chosen: &Chosen, store: Store) -> Vec<O> {
+    let experts = ExpertCase { ids: chosen.ids.clone(), topk_weights: chosen.weights.clone(), ..case.experts.clone() };
+    let mut out = naive_experts::<T, W, f32>(&experts, store);
+    if let Some(shared) = &case.shared {
+        let (n, layout) = (case.num_tokens(), case.experts.options.layout);
+        let factor = |t: usize| {
+            case.shared_gate.as_ref().map_or(1.0, |gate| {
+                let pairs = || case.experts.hidden.view().row(&[t]).iter().zip(gate.view().row(&[0]));
+                let terms: Vec<f32> = pairs().map(|(x, w)| x.to_f32() * w.to_f32()).collect();
+                let exact = pairs().map(|(x, w)| x.to_f64() * w.to_f64()).sum();
+                1.0 / (1.0 + (-naive_sum(&terms, 0.0, exact, 64)).exp())
+            })
+        };
+        let factors: Vec<f32> = (0..n).map(factor).collect();
+        let mut shared = shared.clone();
+        shared.ids = Array::new([n, 1], layout, &vec![0; n]);
+        shared.topk_weights = Array::new([n, 1], layout, &factors);
+        let shared = naive_experts::<T, W, f32>(&shared, store);
+        out.iter_mut().zip(shared).for_each(|(out, shared)| *out += shared);
+    }
+    out.into_iter().map(O::from_f32).collect()
+}
+
+/// What is an integer is equal; weights and losses are the truth rounded once, give or take the last bit. Weights whose truth is
+/// NaN or infinite may be anything.
+fn assert_route(what: &str, got: &RouteResult<f32>, truth: &RouteResult<f64>) {
+    assert_eq!(got.ids, truth.ids, "{what}");
+    assert_eq!(got.tokens_per_expert, truth.tokens_per_expert, "{what}");
+    assert_eq!(got.dropped, truth.dropped, "{what}");
+    assert_eq!(got.expert_tokens, truth.expert_tokens, "{what}");
+    let close = |got: f32, truth: f64| (f64::from(got) - truth).abs() <= 0.51 * ulp(Dtype::F32, truth);
+    for (got, truth) in got.weights.iter().zip(&truth.weights) {
+        assert!(!(*truth as f32).is_finite() || close(*got, *truth), "{what}: weight {got:e}, expected {truth:e}");
+    }
+    for (got, truth) in [(got.aux_loss, truth.aux_loss), (got.z_loss, truth.z_loss)] {
+        assert!(close(got, truth) || (got.is_nan() && truth.is_nan()), "{what}: loss {got:e}, expected {truth:e}");
+    }
+}
+
+/// The reference's routing of the logits that this level computes.
+fn route_of_logits<T: Float, W: Float, Q: Float>(case: &MoeCase<T, W, Q>, level: Level) -> RouteResult<f64> {
+    let shape = [case.num_tokens(), case.spec.router.num_experts];
+    let router = PackedLinear::pack(case.router.view()).unwrap();
+    let mut logits = vec![0.0; shape[0] * shape[1]];
+    let (spec, hidden, bias) = (&case.spec.router, case.experts.hidden.view(), case.router_bias.as_deref());
+    let out = ViewMut::new(&mut logits, shape);
+    cpu::router_logits(&mut Cpu::with_level(level), spec, hidden, &router, bias, case.seed, out).unwrap();
+    let mut routes = crate::common::RouteCase::with_logits(spec, shape[0], &logits, case.seed);
+    routes.selection_bias = case.selection_bias.clone();
+    routes.token_mask = case.token_mask.clone();
+    routes.run(reference::route)
+}
+
+/// Whether a token's experts depend on the other tokens, or on its place among them (random numbers do).
+fn coupled(router: &Router) -> bool {
+    router.capacity.is_some()
+        || router.jitter.is_some()
+        || router.second_expert == SecondExpert::Random
+        || matches!(router.selection, Selection::ExpertChoice | Selection::Sinkhorn { .. })
+}
+
+/// The routing is computed inside, or (`given`) that of the case is used.
+fn check<T: Float, W: Float, Q: Float, O: Float>(case: &MoeCase<T, W, Q>, given: bool, threads: usize) {
+    let (spec, weights, n) = (&case.spec, case.weights(), case.num_tokens());
+    let width = spec.experts.ffn.hidden_size;
+    let packed = with_threads(threads, || PackedMoe::pack(spec, &weights).unwrap());
+    let truth = (!given)
+        .then(|| case.run::<f64, f64>(None, true, |spec, input, output| reference::moe(spec, input, &weights, output)));
+    for level in Level::available() {
+        let types = [T::DTYPE, W::DTYPE, Q::DTYPE, O::DTYPE];
+        let what = format!("{level} {types:?}, {spec:?}, {:?}, given: {given}", case.experts.options);
+        let (got, chosen) = if given {
+            let got = call::<T, W, Q, O>(case, &packed, level, threads, Some(case.experts.routing()), false);
+            (got, Chosen { ids: case.experts.ids.clone(), weights: case.experts.topk_weights.clone() })
+        } else {
+            let got = call::<T, W, Q, O>(case, &packed, level, threads, None, true);
+            let route = got.route.as_ref().unwrap();
+            // With jitter the logits differ in their last bits, and one of these may choose another expert.
+            match (&truth, spec.router.jitter) {
+                (Some(truth), None) => assert_route(&what, route, truth.route.as_ref().unwrap()),
+                _ => assert_route(&what, route, &route_of_logits(case, level)),
+            }
+            let chosen = Chosen::of(case, route);
+            let other = call::<T, W, Q, O>(case, &packed, level, threads % 3 + 1, None, true);
+            assert!(bits(&got.out) == bits(&other.out), "{what}: another number of threads");
+            assert_eq!(bits(&route.weights), bits(&other.route.unwrap().weights), "{what}: another number of threads");
+            let unasked = call::<T, W, Q, O>(case, &packed, level, threads, None, false);
+            assert!(bits(&got.out) == bits(&unasked.out), "{what}: the routing was not asked for");
+            (got, chosen)
+        };
+        let routing = Some(chosen.routing());
+        let truth = case
+            .run::<f64, f64>(routing, false, |spec, input, output| reference::moe(spec, input, &weights, output))
+            .out;
+        let naive = naive::<T, W, Q, O>(case, &chosen, inner_store::<T, W>(level));
+        // The outputs of a token share its inner values, so the luck of a few sums: more tokens where those are few.
+        let inner = spec.shared.map_or(usize::MAX, |s| s.ffn.intermediate_size);
+        let rows = 128usize.div_ceil(inner.min(spec.experts.ffn.intermediate_size));
+        assert_sums(&what, &got.out, &truth, &naive, width * rows);
+
+        let replayed = call::<T, W, Q, O>(case, &packed, level, threads % 3 + 1, routing, false);
+        assert!(bits(&got.out) == bits(&replayed.out), "{what}: replayed");
+        if n > 0 {
+            let first = case.seed as usize % n;
+            let tokens = first..first + 1 + (case.seed >> 32) as usize % (n - first);
+            let mut part = case.part(tokens.clone());
+            let (ids, weights) = (chosen.ids.values(), chosen.weights.values());
+            let slots = chosen.ids.shape()[1];
+            let (shape, of) = ([tokens.len(), slots], tokens.start * slots..tokens.end * slots);
+            part.experts.ids = Array::new(shape, Layout::Padded, &ids[of.clone()]);
+            part.experts.topk_weights = Array::new(shape, Layout::Padded, &weights[of.clone()]);
+            let want = bits(&got.out[tokens.start * width..tokens.end * width]);
+            let alone = call::<T, W, Q, O>(&part, &packed, level, threads, Some(part.experts.routing()), false);
+            assert!(bits(&alone.out) == want, "{what}: tokens {tokens:?} alone, replayed");
+            if !given && !coupled(&spec.router) {
+                let alone = call::<T, W, Q, O>(&part, &packed, level, threads, None, true);
+                assert!(bits(&alone.out) == want, "{what}: tokens {tokens:?} alone");
+                assert_eq!(alone.route.unwrap().ids, ids[of], "{what}: tokens {tokens:?} alone");
+            }
+        }
+    }
+}
+
+/// Any mixture with few experts, around tiles of 12 tokens and panels of 32 outputs. Sums are long enough to have an error that is
+/// not luck.
+fn mixtures() -> impl Strategy<Value = (Moe, ExpertOptions, bool)> {
+    let shared = (strategies::ffn(32, 32), any::<bool>());
+    let router = strategies::router().prop_filter("few experts", |router| router.num_experts <= 16);
+    let options = (any::<[bool; 3]>(), prop::option::weighted(0.2, select(vec![0.01, 0.3])));
+    (router, strategies::experts(12, 32, 16), prop::option::weighted(0.6, shared), options).prop_map(
+        |(mut router, (mut experts, mut options), shared, ([router_bias, selection_bias, mask], jitter))| {
+            let n = router.num_experts;
+            (experts.first_expert, experts.num_local_experts) = match (experts.first_expert, experts.num_local_experts)
+            {
+                (3, _) => (n / 3, n.div_ceil(2)),
+                (5, _) => (n, 0),
+                _ => (0, n),
+            };
+            experts.num_experts = n;
+            experts.ffn.hidden_size = experts.ffn.hidden_size.max(15);
+            experts.ffn.intermediate_size = experts.ffn.intermediate_size.max(15);
+            options.slots = options.slots.min(n);
+            router.jitter = jitter;
+            let takes_bias = matches!(router.selection, Selection::TopK | Selection::Prototypes);
+            let mut spec = Moe::new(router, experts);
+            (spec.router_bias, spec.selection_bias) = (router_bias, selection_bias && takes_bias);
+            spec.shared = shared.map(|(mut ffn, sigmoid_gate)| {
+                ffn.hidden_size = experts.ffn.hidden_size;
+                ffn.intermediate_size = ffn.intermediate_size.max(15);
+                let mut shared = SharedExpert::new(ffn);
+                shared.sigmoid_gate = sigmoid_gate;
+                shared
+            });
+            spec.validate().expect("the strategy makes valid mixtures");
+            (spec, options, mask)
+        },
+    )
+}
+
+fn run<T: Float, W: Float, Q: Float, O: Float>(
+    (spec, options, mask): &(Moe, ExpertOptions, bool),
+    given: bool,
+    threads: usize,
+    seed: u64,
+) {
+    let mut case = MoeCase::<T, W, Q>::new(spec, *options, seed);
+    if *mask {
+        case = case.with_mask();
+    }
+    check::<T, W, Q, O>(&case, given, threads);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn f32_everywhere(m in mixtures(), given: bool, threads in 1usize..4, seed: u64) {
+        run::<f32, f32, f32, f32>(&m, given, threads, seed);
+    }
+    #[test]
+    fn bf16_everywhere(m in mixtures(), given: bool, threads in 1usize..4, seed: u64) {
+        run::<bf16, bf16, bf16, bf16>(&m, given, threads, seed);
+    }
+    #[test]
+    fn bf16_with_a_router_in_f32(m in mixtures(), given: bool, threads in 1usize..4, seed: u64) {
+        run::<bf16, bf16, f32, f32>(&m, given, threads, seed);
+    }
+    #[test]
+    fn f16_everywhere(m in mixtures(), given: bool, threads in 1usize..4, seed: u64) {
+        run::<f16, f16, f16, f16>(&m, given, threads, seed);
+    }
+    #[test]
+    fn mixed_types(m in mixtures(), given: bool, threads in 1usize..4, seed: u64) {
+        match seed % 3 {
+            0 => run::<f32, bf16, f32, f32>(&m, given, threads, seed),
+            1 => run::<bf16, f32, f16, bf16>(&m, given, threads, seed),
+            _ => run::<f16, bf16, f32, f16>(&m, given, threads, seed),
+        }
+    }
+}
+
+/// 8 experts of a block of 40 x 24.
+fn small(top_k: usize) -> Moe {
+    Moe::new(Router::new(8, top_k), ExpertFfn::new(8, Ffn::gated(40, 24, Activation::Silu)))
+}
+
+fn with_shared(mut spec: Moe) -> Moe {
+    let mut shared = SharedExpert::new(Ffn::gated(40, 30, Activation::Silu));
+    shared.sigmoid_gate = true;
+    spec.shared = Some(shared);
+    spec
+}
+
+fn options(num_tokens: usize, slots: usize) -> ExpertOptions {
+    ExpertOptions { num_tokens, slots, gate_up: GateUp::Halves, layout: Layout::Padded }
+}
+
+/// All tokens on one expert; every expert for every token; weights on the input and a scale.
+#[test]
+fn extreme_routings() {
+    let mut one = small(1);
+    (one.router_bias, one.router.score) = (true, Score::Sigmoid);
+    let mut case = MoeCase::<f32, f32, f32>::new(&one, options(130, 1), 3);
+    case.router_bias = Some((0..8).map(|e| if e == 5 { 1000.0 } else { 0.0 }).collect());
+    check::<f32, f32, f32, f32>(&case, false, 3);
+    let mut all = with_shared(small(8));
+    (all.router.renormalize, all.experts.weight_on, all.experts.combine_scale) =
+        (Renormalize::sum(), WeightOn::Input, 0.5);
+    for n in [1, 13, 100] {
+        check::<f32, f32, f32, f32>(&MoeCase::new(&all, options(n, 8), 4), false, 2);
+        check::<bf16, bf16, f32, f32>(&MoeCase::new(&all, options(n, 8), 5), false, 2);
+    }
+}
+
+/// Nothing is computed, and what is asked for is there: no tokens counted, none dropped, no loss.
+#[test]
+fn zero_tokens() {
+    let mut spec = with_shared(small(2));
+    spec.router.aux_loss = Some(AuxLoss::TopK);
+    let case = MoeCase::<bf16, bf16, bf16>::new(&spec, options(0, 2), 1);
+    let packed = PackedMoe::pack(&spec, &case.weights()).unwrap();
+    for level in Level::available() {
+        for threads in [1, 3] {
+            let got = call::<_, _, _, f32>(&case, &packed, level, threads, None, true);
+            assert!(got.out.is_empty());
+            let route = got.route.unwrap();
+            assert_eq!((route.tokens_per_expert, route.dropped), (vec![0; 8], 0));
+            call::<_, _, _, f32>(&case, &packed, level, threads, Some(case.experts.routing()), false);
+        }
+    }
+    check::<bf16, bf16, bf16, f32>(&case, false, 2);
+}
+
+/// A masked token gets the shared expert alone, without one 0; NaN stays in its token.
+#[test]
+fn masks_and_nan() {
+    for shared in [true, false] {
+        let spec = if shared { with_shared(small(2)) } else { small(2) };
+        let mut case = MoeCase::<f32, f32, f32>::new(&spec, options(20, 2), 7);
+        case.token_mask = Some((0..20).map(|t| u8::from(t % 5 != 0)).collect());
+        let packed = PackedMoe::pack(&spec, &case.weights()).unwrap();
+        let mut nan = case.clone();
+        nan.experts.hidden.set([7, 33], f32::NAN);
+        for level in Level::available() {
+            let got = call::<_, _, _, f32>(&case, &packed, level, 2, None, true);
+            let spread = call::<_, _, _, f32>(&nan, &packed, level, 2, None, true);
+            let ids = got.route.unwrap().ids;
+            for t in 0..20 {
+                let of = t * 40..(t + 1) * 40;
+                if t % 5 == 0 {
+                    assert_eq!(ids[t * 2..][..2], [-1, -1]);
+                    assert!(shared || got.out[of.clone()].iter().all(|x| x.to_bits() == 0), "token {t} at {level}");
+                }
+                if t == 7 {
+                    assert!(spread.out[of].iter().all(|x| x.is_nan()), "token {t} at {level}");
+                } else {
+                    assert_eq!(bits(&spread.out[of.clone()]), bits(&got.out[of]), "token {t} at {level}");
+                }
+            }
+        }
+    }
+}
+
+/// The router's options may change from call to call; what was packed may not.
+#[test]
+fn options_of_a_call() {
+    let packed_for = with_shared(small(2));
+    let mut case = MoeCase::<f32, f32, f32>::new(&packed_for, options(9, 2), 2);
+    let packed = PackedMoe::pack(&packed_for, &case.weights()).unwrap();
+    (case.spec.router.top_k, case.spec.router.score, case.spec.experts.combine_scale) = (3, Score::Sigmoid, 2.0);
+    let fresh = PackedMoe::pack(&case.spec, &case.weights()).unwrap();
+    for level in Level::available() {
+        let [got, want] = [&packed, &fresh].map(|w| call::<_, _, _, f32>(&case, w, level, 2, None, true));
+        assert_eq!(got, want, "{level}");
+    }
+}
+
+#[test]
+fn errors_name_the_argument_and_nothing_is_written() {
+    type Edit = fn(&mut Moe, &mut MoeInput<'static, f32>);
+    static F: [f32; 200] = [0.5; 200];
+    static IDS: [i32; 20] = [1; 20];
+    let edits: [(&str, Edit); 15] = [
+        ("`top_k` is 9", |s, _| s.router.top_k = 9),
+        ("`experts.num_experts` is 8", |s, _| s.router.num_experts = 4),
+        ("`hidden` has shape [5, 39]", |_, i| i.hidden = View::new(&F[..195], [5, 39])),
+        ("`hidden` has 199 elements", |_, i| i.hidden = View::new(&F[..199], [5, 40])),
+        ("`token_mask` has 3 elements", |_, i| i.token_mask = Some(&[1, 1, 1])),
+        ("`topk_ids` has shape [4, 2]", |_, i| {
+            i.routing = Some(Routing::new(View::new(&IDS[..8], [4, 2]), View::new(&F[..8], [4, 2])));
+        }),
+        ("`topk_weights` has shape [5, 1]", |_, i| {
+            i.routing = Some(Routing::new(View::new(&IDS[..10], [5, 2]), View::new(&F[..5], [5, 1])));
+        }),
+        ("`route` is given", |_, i| {
+            i.routing = Some(Routing::new(View::new(&IDS[..10], [5, 2]), View::new(&F[..10], [5, 2])));
+        }),
+        ("`topk_ids` has shape [5, 2], expected [5, 3]", |s, _| s.router.top_k = 3),
+        ("`weights` is packed for", |s, _| s.router_bias = true),
+        ("`weights` is packed for", |s, _| s.selection_bias = true),
+        ("`weights` is packed for", |s, _| s.shared = None),
+        ("`weights` is packed for", |s, _| s.experts.ffn.activation = Activation::GeluErf),
+        ("`weights` is packed for", |s, _| s.experts.num_local_experts = 7),
+        ("`shared.hidden_size` is 39", |s, _| s.shared.as_mut().unwrap().ffn.hidden_size = 39),
+    ];
+    let spec = with_shared(small(2));
+    let case = MoeCase::<f32, f32, f32>::new(&spec, options(5, 2), 2);
+    let packed = PackedMoe::pack(&spec, &case.weights()).unwrap();
+    let mut cpu = Cpu::new().unwrap();
+    let mut out = Output::<f32, 2>::new([5, 40], Layout::Padded);
+    let (mut ids, mut weights) = (Output::new([5, 2], Layout::Padded), Output::new([5, 2], Layout::Padded));
+    let mut fails = |want: &str, spec: &Moe, input: &MoeInput<'_, f32>, shape: [usize; 2]| {
+        let mut view = out.view();
+        let strides = view.strides();
+        let mut output = MoeOutput::new(ViewMut::with_strides(view.data_mut(), shape, strides));
+        let mut route = RouteOutput::new(ids.view(), weights.view());
+        let (mut counts, mut loss) = ([77; 8], 77.0);
+        route.tokens_per_expert = Some(&mut counts);
+        route.z_loss = Some(&mut loss);
+        output.route = Some(route);
+        let error = cpu::moe(&mut cpu, spec, input, &packed, output).unwrap_err();
+        assert!(error.to_string().starts_with(want), "{error}");
+        out.assert_untouched("out");
+        ids.assert_untouched("topk_ids");
+        weights.assert_untouched("topk_weights");
+        assert!(counts == [77; 8] && loss == 77.0, "{error}");
+    };
+    for (want, edit) in edits {
+        let (mut spec, mut input) = (spec.clone(), MoeInput::new(View::new(&F, [5, 40])));
+        edit(&mut spec, &mut input);
+        fails(want, &spec, &input, [5, 40]);
+    }
+    fails("`out` has shape [4, 40], expected [5, 40]", &spec, &MoeInput::new(View::new(&F, [5, 40])), [4, 40]);
+    let mut many = MoeInput::new(View::new(&F, [5, 40]));
+    let slots = 1 << 30;
+    many.routing = Some(Routing::new(
+        View::with_strides(&[], [0, slots], [slots, 1]),
+        View::with_strides(&[], [0, slots], [slots, 1]),
+    ));
+    many.hidden = View::new(&[], [0, 40]);
+    let nothing = MoeOutput::<f32>::new(ViewMut::new(&mut [], [0, 40]));
+    let error = cpu::moe(&mut cpu, &spec, &many, &packed, nothing).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+}
