@@ -1,7 +1,9 @@
-//! Experts against a dense mixture, expert by expert.
+//! Experts: the reference against a dense mixture, expert by expert, and every CPU level against the reference.
 
 use super::Table;
+use crate::common::sums::{assert_sums, inner_store, naive_experts};
 use crate::common::{ExpertCase, ExpertOptions, GateUp, Layout, assert_close, naive};
+use gatefold::cpu::{self, Cpu, Float, Level, PackedExperts};
 use gatefold::spec::{Activation, ExpertFfn, Ffn, WeightOn};
 use gatefold::{Dtype, Element, View, reference};
 use half::{bf16, f16};
@@ -12,13 +14,16 @@ pub struct Call {
     pub options: ExpertOptions,
     /// Types of activations and weights.
     pub types: (Dtype, Dtype),
+    /// The output is f32, not of the type of the activations.
+    pub wide: bool,
 }
 
 pub fn base() -> Call {
     Call {
-        spec: ExpertFfn::new(6, Ffn::gated(20, 12, Activation::Silu)),
+        spec: ExpertFfn::new(6, Ffn::gated(20, 18, Activation::Silu)),
         options: ExpertOptions { num_tokens: 7, slots: 2, gate_up: GateUp::Separate, layout: Layout::Contiguous },
         types: (Dtype::F32, Dtype::F32),
+        wide: false,
     }
 }
 
@@ -90,6 +95,7 @@ pub fn table() -> Table<Call> {
                 "weights",
                 vec![("f32", |_| {}), ("bf16", |c| c.types.1 = Dtype::BF16), ("f16", |c| c.types.1 = Dtype::F16)],
             ),
+            ("output", vec![("as activations", |_| {}), ("f32", |c| c.wide = true)]),
         ],
     }
 }
@@ -173,13 +179,43 @@ macro_rules! with_types {
     };
 }
 
+fn on_every_level<T: Float, W: Float>(call: &Call, what: &str, seed: u64) {
+    let case = ExpertCase::<T, W>::new(&call.spec, call.options, seed);
+    let truth = case.run(|spec, x, routing, out| reference::expert_ffn(spec, x, routing, &case.weights(), out));
+    let packed = PackedExperts::pack(&call.spec, &case.weights()).unwrap();
+    for level in Level::available() {
+        let what = format!("{what} at {level}");
+        if call.wide {
+            at_level::<T, W, f32>(&case, &packed, &truth, level, &what);
+        } else {
+            at_level::<T, W, T>(&case, &packed, &truth, level, &what);
+        }
+    }
+}
+
+fn at_level<T: Float, W: Float, O: Float>(
+    case: &ExpertCase<T, W>,
+    packed: &PackedExperts,
+    truth: &[f64],
+    level: Level,
+    what: &str,
+) {
+    let mut cpu = Cpu::with_level(level);
+    let got: Vec<O> = case.run(|spec, x, routing, out| cpu::expert_ffn(&mut cpu, spec, x, routing, packed, out));
+    let naive = naive_experts::<T, W, O>(case, inner_store::<T, W>(level));
+    let ffn = &case.spec.ffn;
+    // The outputs of a token share its inner values, so the luck of a few sums: more tokens where those are few.
+    assert_sums(what, &got, truth, &naive, ffn.hidden_size * 128usize.div_ceil(ffn.intermediate_size));
+}
+
 #[test]
-fn every_pair_of_options_against_a_dense_mixture() {
+fn every_pair_of_options_against_a_dense_mixture_and_on_every_level() {
     let (table, base) = (table(), base());
     let pairs = table.rows("experts", &base, valid);
     for (seed, row) in pairs.rows.iter().enumerate() {
-        let call = table.apply(&base, row);
-        with_types!(call.types, compare, &call, &table.describe(row), seed as u64);
+        let (call, what) = (table.apply(&base, row), table.describe(row));
+        with_types!(call.types, compare, &call, &what, seed as u64);
+        with_types!(call.types, on_every_level, &call, &what, seed as u64);
     }
     for ((a, x), (b, y)) in pairs.impossible {
         let names = [table.options[a].1[x].0, table.options[b].1[y].0];
