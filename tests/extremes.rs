@@ -46,6 +46,7 @@ fn attention_of_any_width() {
                 AttentionOutput::with_lse(m([0, b, a]), m([0, b]))
             )));
             assert!(any(reference::merge(v([a, b, a, 0]), v([a, b, a]), AttentionOutput::new(m([b, a, 0])))));
+            assert!(any(reference::merge(v([0, b, a, 0]), v([0, b, a]), AttentionOutput::new(m([b, a, 0])))));
             let mla = Mla::new(a, b, a, b, a);
             if mla.validate().is_ok() {
                 assert!(mla.head_dim() > 1 && mla.expanded().validate().is_ok());
@@ -241,10 +242,59 @@ fn cpu_with_any_numbers() {
                     let routing = Routing::<f32>::new(View::new(&[], [0, a]), v([0, a]));
                     assert!(any(cpu::expert_ffn(cpu, &experts, v([0, a]), &routing, &packed, o([0, a]))));
                 }
+                let output = AttentionOutput::with_lse(o([0, b, a]), o([0, b]));
+                assert!(any(cpu::merge(cpu, v([a, 0, b, a]), v([a, 0, b]), output)));
+                let output = AttentionOutput::new(o([b, a, 0]));
+                assert!(any(cpu::merge(cpu, v([0, b, a, 0]), v([0, b, a]), output)));
+                assert!(any(cpu::PackedMla::pack(&Mla::new(a, b, a, b, a), v([a, a.wrapping_add(a), b]))));
+                let weights = FfnWeights::<f32>::new(Some(v([b, a])), v([b, a]), v([a, b]));
+                assert!(any(cpu::PackedFfn::pack(&ffn, &weights)));
                 assert!(any(cpu::PackedLinear::pack(v([a, 0]))));
                 assert!(any(cpu::PackedLinear::pack(v([0, a]))));
                 assert!(any(cpu::PackedLinear::pack(v([a, b]))));
                 assert!(cpu.workspace_bytes() < 1 << 20, "{} bytes for no token", cpu.workspace_bytes());
+            }
+        }
+    }
+}
+
+/// What a call of so many tokens takes is told, or at least a number that no memory has.
+#[test]
+fn workspaces_of_any_size() {
+    let moe = Moe::new(Router::new(2, 1), ExpertFfn::new(2, Ffn::gated(2, 2, Activation::Silu)));
+    let experts = ExpertWeights::<f32>::separate(Some(v([2, 2, 2])), v([2, 2, 2]), v([2, 2, 2]));
+    let mixture = cpu::PackedMoe::pack(&moe, &MoeWeights::<f32>::new(v([2, 2]), experts)).unwrap();
+    let block = cpu::PackedFfn::pack(&moe.experts.ffn, &experts.expert(0)).unwrap();
+    let linear = cpu::PackedLinear::pack(v([2, 2])).unwrap();
+    let kv_b = cpu::PackedMla::pack(&Mla::new(1, 2, 1, 2, 1), v([1, 2, 2])).unwrap();
+    for level in Level::available() {
+        let cpu = &Cpu::with_level(level);
+        for a in HUGE {
+            let sizes = [
+                cpu::linear_workspace_bytes::<f32>(cpu, &linear, a),
+                cpu::mla_workspace_bytes::<f32>(cpu, &kv_b, a),
+                cpu::mlp_workspace_bytes::<f32>(cpu, &block, a),
+                cpu::moe_workspace_bytes::<f32>(cpu, &moe, &mixture, a),
+                cpu::router_logits_workspace_bytes::<f32>(cpu, &moe.router, &linear, a),
+                cpu::wkv_workspace_bytes(a),
+            ];
+            assert!(sizes.iter().all(|bytes| *bytes >= 4), "{sizes:?} for {a} at {level}");
+            for b in HUGE {
+                let mut router = Router::new(a, b);
+                for selection in [Selection::TopK, Selection::ExpertChoice, Selection::Sinkhorn { iterations: 2 }] {
+                    router.selection = selection;
+                    router.capacity = Some(Capacity::new(CapacityLimit::Factor(1.0)));
+                    cpu::route_workspace_bytes(&router, b);
+                }
+                let mut prep = QkvPrep::new(a, b, a);
+                prep.rope = Some(Rope::new(RopeStyle::Half, b, 1e4));
+                cpu::prepare_qkv_workspace_bytes(&prep, b);
+                cpu::rope_workspace_bytes([a, b, a]);
+                cpu::retention_workspace_bytes(&Retention::new(a, b, a), b);
+                cpu::expert_ffn_workspace_bytes::<f32>(cpu, mixture.experts(), a, b);
+                assert!(cpu::merge_workspace_bytes(a, a, b) >= b);
+                let wide = Moe::new(Router::new(a, 1), ExpertFfn::new(a, Ffn::gated(b, a, Activation::Silu)));
+                assert!(cpu::PackedMoe::packed_bytes(&wide, gatefold::Dtype::F32, gatefold::Dtype::F32) >= a.max(b));
             }
         }
     }

@@ -8,8 +8,8 @@ use common::Rng;
 use common::skip::skipped;
 use gatefold::args::*;
 use gatefold::cpu::{self, Cpu, Level};
-use gatefold::spec::{Attention, Norm, Rope, RopeStyle, Router};
-use gatefold::{View, ViewMut, reference};
+use gatefold::spec::{Activation, Attention, ExpertFfn, Ffn, Moe, Norm, Rope, RopeStyle, Router, SharedExpert};
+use gatefold::{Dtype, View, ViewMut, reference};
 use half::bf16;
 use std::sync::Mutex;
 
@@ -247,4 +247,95 @@ fn logits() {
             assert_eq!(run(far), run(View::new(&near, [3, 8])));
         });
     });
+}
+
+/// Three experts of 24 x 16, each in a row of the room; gate and up in one array.
+fn experts(room: &[bf16], stride: usize) -> ExpertWeights<'_, bf16> {
+    let gate_up = View::with_strides(room, [3, 32, 24], [stride, 24, 1]);
+    ExpertWeights::halves(gate_up, View::with_strides(&room[768..], [3, 24, 16], [stride, 16, 1]))
+}
+
+/// Experts that lie beyond 2^31 elements, in arrays that are read as they are and in arrays that are packed; in a mixture the
+/// router's rows lie there too.
+#[test]
+fn weights_of_experts() {
+    let x: Vec<bf16> = Rng::new(10).normals(5 * 24, 1.0);
+    let x = View::new(&x, [5, 24]);
+    let (ids, topk_weights) = ([0, 2, 1, 0, 2, 1, 2, -1, 1, 2], [0.5f32; 10]);
+    let routing = Routing::new(View::new(&ids, [5, 2]), View::new(&topk_weights, [5, 2]));
+    let spec = ExpertFfn::new(3, Ffn::gated(24, 16, Activation::Silu));
+    let mut mixture = Moe::new(Router::new(3, 2), spec);
+    mixture.shared = Some(SharedExpert::new(spec.ffn));
+    with_room(|room| {
+        let near = random(room, 1200);
+        let truth = |weights: &ExpertWeights<'_, bf16>| {
+            let mut out = [0.0; 120];
+            reference::expert_ffn(&spec, x, &routing, weights, ViewMut::new(&mut out, [5, 24])).unwrap();
+            out
+        };
+        let (far, near) = ((&*room, STRIDE), (near.as_slice(), 1200));
+        assert_eq!(truth(&experts(far.0, far.1)), truth(&experts(near.0, near.1)));
+        let packed = [far, near].map(|(room, stride)| {
+            let experts = experts(room, stride);
+            let mut weights = MoeWeights::<bf16>::new(View::with_strides(&room[1160..], [3, 24], [stride, 1]), experts);
+            weights.shared = Some(experts.expert(2));
+            cpu::PackedMoe::pack(&mixture, &weights).unwrap()
+        });
+        levels(|cpu| {
+            let [far, near] = packed.each_ref().map(|packed| {
+                let mut out = [[0.0f32; 120]; 2];
+                let view = ViewMut::new(&mut out[0], [5, 24]);
+                cpu::expert_ffn(cpu, &spec, x, &routing, packed.experts(), view).unwrap();
+                let output = MoeOutput::new(ViewMut::new(&mut out[1], [5, 24]));
+                cpu::moe(cpu, &mixture, &MoeInput::new(x), packed, output).unwrap();
+                out
+            });
+            assert_eq!(far, near);
+            assert_ne!(far[0], far[1]);
+        });
+    });
+}
+
+/// Tokens, their experts and their results in rows far from one another.
+#[test]
+fn tokens_of_experts() {
+    let weights: Vec<bf16> = Rng::new(11).normals(3 * 1152, 0.2);
+    let mut mixture = Moe::new(Router::new(3, 2), ExpertFfn::new(3, Ffn::gated(24, 16, Activation::Silu)));
+    mixture.shared = Some(SharedExpert::new(mixture.experts.ffn));
+    let router: Vec<bf16> = Rng::new(12).normals(3 * 24, 1.0);
+    let experts = experts(&weights, 1152);
+    let mut all = MoeWeights::<bf16>::new(View::new(&router, [3, 24]), experts);
+    all.shared = Some(experts.expert(1));
+    let packed = cpu::PackedMoe::pack(&mixture, &all).unwrap();
+    with_room(|room| {
+        let x = random(room, 24);
+        levels(|cpu| {
+            let mut near = [bf16::ZERO; 72];
+            let output = MoeOutput::new(ViewMut::new(&mut near, [3, 24]));
+            cpu::moe(cpu, &mixture, &MoeInput::new(View::new(&x, [3, 24])), &packed, output).unwrap();
+            let mut far = [bf16::ZERO; 72];
+            let hidden = View::with_strides(room, [3, 24], [STRIDE, 1]);
+            let output = MoeOutput::new(ViewMut::new(&mut far, [3, 24]));
+            cpu::moe(cpu, &mixture, &MoeInput::new(hidden), &packed, output).unwrap();
+            assert_eq!(far, near);
+            let output = MoeOutput::new(ViewMut::with_strides(&mut room[100..], [3, 24], [STRIDE, 1]));
+            cpu::moe(cpu, &mixture, &MoeInput::new(View::new(&x, [3, 24])), &packed, output).unwrap();
+            assert_eq!(rows(&room[100..], 24), near);
+        });
+    });
+}
+
+/// Sizes of packed weights, which are where experts are found: DeepSeek-V3's have 11 * 2^30 values a layer.
+#[test]
+fn sizes_of_packed_experts() {
+    let bytes = |experts, hidden, inter, dtype| {
+        cpu::PackedExperts::packed_bytes(&ExpertFfn::new(experts, Ffn::gated(hidden, inter, Activation::Silu)), dtype)
+    };
+    assert_eq!(bytes(256, 7168, 2048, Dtype::BF16), 256 * 3 * 7168 * 2048 * 2);
+    assert_eq!(bytes(256, 7168, 2048, Dtype::F32), 256 * 3 * 7168 * 2048 * 4);
+    // One expert, one matrix, one row beyond 2^31 values.
+    assert_eq!(bytes(1, 1 << 17, 1 << 15, Dtype::BF16), 3 << 33);
+    assert_eq!(cpu::PackedLinear::packed_bytes(32, 1 << 32, Dtype::BF16), 1 << 38);
+    assert_eq!(bytes(1 << 20, 1 << 20, 1 << 20, Dtype::F16), 3 << 61);
+    assert_eq!(bytes(1 << 30, 1 << 20, 1 << 20, Dtype::F16), usize::MAX);
 }

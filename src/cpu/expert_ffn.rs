@@ -66,7 +66,7 @@ pub fn expert_ffn<T: Float, O: Float>(
     Ok(())
 }
 
-/// Workspace of [`expert_ffn`] for activations `T`, in the rayon pool of the caller.
+/// Workspace of [`expert_ffn`] for activations `T`, in the rayon pool of the caller; 0 for more slots than a call takes.
 pub fn expert_ffn_workspace_bytes<T: Float>(
     cpu: &Cpu,
     weights: &PackedExperts,
@@ -123,13 +123,16 @@ pub(super) fn check_assignments(slots: usize) -> Result<()> {
     }
 }
 
-/// Workspace of [`experts_in`]; routed experts come with their slots.
+/// Workspace of [`experts_in`]; routed experts come with their slots. 0 for so many slots that the call is an error.
 pub(super) fn experts_bytes<T: Float>(
     level: Level,
     routed: Option<(&PackedExperts, usize)>,
     always: Option<&PackedExperts>,
     num_tokens: usize,
 ) -> usize {
+    if routed.is_some_and(|(_, slots)| check_assignments(slots).is_err()) {
+        return 0;
+    }
     let routed = routed.map(|(experts, slots)| Sizes { experts, slots });
     let sizes = [routed, always.map(|experts| Sizes { experts, slots: 1 })];
     let hidden_size = sizes.iter().flatten().next().map_or(0, |s| s.experts.spec().ffn.hidden_size);

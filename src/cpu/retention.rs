@@ -77,7 +77,7 @@ impl Layout {
     /// Whole cache lines, so that no two workers share one.
     fn len(&self) -> usize {
         let state = self.dim.saturating_mul(self.value_dim);
-        let rows = 2 * self.dim.saturating_add(self.value_dim);
+        let rows = self.dim.saturating_add(self.value_dim).saturating_mul(2);
         state.saturating_add(rows).saturating_add(self.chunk).saturating_add(1 + 15) / 16 * 16
     }
 }

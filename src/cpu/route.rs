@@ -60,8 +60,11 @@ pub fn route(cpu: &mut Cpu, spec: &Router, input: &RouteInput<'_>, mut output: R
     Ok(())
 }
 
-/// Workspace of [`route`] in the current thread pool.
+/// Workspace of [`route`] in the current thread pool; 0 for a specification that is not valid, whose call is an error.
 pub fn route_workspace_bytes(spec: &Router, num_tokens: usize) -> usize {
+    if spec.validate().is_err() {
+        return 0;
+    }
     let experts = spec.num_experts;
     let own = if spec.selection == Selection::ExpertChoice {
         expert_choice::workspace_bytes(spec, num_tokens)
