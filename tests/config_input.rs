@@ -2,12 +2,18 @@
 
 #![cfg(feature = "serde")]
 
+#[path = "common/peak.rs"]
+mod peak;
+
 use gatefold::spec::*;
 use gatefold::{Dtype, Error};
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
+
+#[global_allocator]
+static PEAK: peak::Peak = peak::Peak;
 
 fn configs_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/configs")
@@ -217,8 +223,17 @@ fn any_json() -> impl Strategy<Value = Value> {
     })
 }
 
-/// Reads, and asks for what is there: nothing may panic.
+/// Memory that so many bytes of text justify: a value takes some bytes of text, and some dozens as a node of a tree.
+fn justified(text: &[u8]) -> usize {
+    (1 << 17) + 200 * text.len()
+}
+
+/// Reads, and asks for what is there: nothing may panic, nor take memory for what a number says.
 fn exercise(bytes: &[u8]) {
+    peak::within(justified(bytes), || read_config(bytes));
+}
+
+fn read_config(bytes: &[u8]) {
     if let Ok(config) = HfConfig::from_slice(bytes) {
         for n in 0..config.num_layers.min(5) {
             for seq_len in [0, usize::MAX] {
@@ -254,29 +269,30 @@ proptest! {
         exercise(&bytes);
     }
 
-    /// Fields dropped, nulled, retyped or made huge, also within nested objects.
     #[test]
-    fn mutated_configurations(file in 0..NUM_FILES, mutations in prop::collection::vec((any::<prop::sample::Index>(), 0u8..6, any_json()), 1..5)) {
+    fn mutated_configurations(file in 0..NUM_FILES, mutations in mutations()) {
         let mut config: Value = serde_json::from_str(&published()[file]).expect("JSON");
-        for (index, kind, value) in mutations {
-            let mut paths = Vec::new();
-            leaf_paths(&config, String::new(), &mut paths);
-            if paths.is_empty() {
-                break;
-            }
-            let path = index.get(&paths).clone();
-            let Some((parent, key)) = path.rsplit_once('/') else { continue };
-            let Some(Value::Object(parent)) = config.pointer_mut(parent) else { continue };
-            match kind {
-                0 => { parent.remove(key); }
-                1 => { parent.insert(key.into(), Value::Null); }
-                2 => { parent.insert(key.into(), json!(u64::MAX)); }
-                3 => { parent.insert(key.into(), json!(1e300)); }
-                4 => { parent.insert(key.into(), json!(0)); }
-                _ => { parent.insert(key.into(), value); }
-            }
-        }
+        mutate(&mut config, mutations);
         exercise(config.to_string().as_bytes());
+    }
+
+    #[test]
+    fn specifications_from_arbitrary_bytes(bytes in prop::collection::vec(any::<u8>(), 0..100), value in any_json()) {
+        specifications(&bytes);
+        specifications(value.to_string().as_bytes());
+    }
+
+    #[test]
+    fn mutated_specifications(index: prop::sample::Index, mutations in mutations(), cut: prop::sample::Index, byte: u8) {
+        let mut value: Value = index.get(valid_specifications()).clone();
+        mutate(&mut value, mutations);
+        let mut bytes = value.to_string().into_bytes();
+        specifications(&bytes);
+        let at = cut.index(bytes.len());
+        bytes[at] = byte;
+        specifications(&bytes);
+        bytes.truncate(at);
+        specifications(&bytes);
     }
 
     /// Any value of any field of a family gives a typed error or valid layers.
@@ -286,6 +302,208 @@ proptest! {
         let keys: Vec<String> = config.keys().cloned().collect();
         config.insert(index.get(&keys).clone(), value);
         exercise(Value::Object(config).to_string().as_bytes());
+    }
+}
+
+type Mutation = (prop::sample::Index, u8, Value);
+
+fn mutations() -> impl Strategy<Value = Vec<Mutation>> {
+    prop::collection::vec((any::<prop::sample::Index>(), 0u8..8, any_json()), 1..5)
+}
+
+/// Fields dropped, nulled, retyped or made huge, also within nested objects.
+fn mutate(value: &mut Value, mutations: Vec<Mutation>) {
+    for (index, kind, other) in mutations {
+        let mut paths = Vec::new();
+        leaf_paths(value, String::new(), &mut paths);
+        if paths.is_empty() {
+            *value = other;
+            break;
+        }
+        let path = index.get(&paths).clone();
+        let Some((parent, key)) = path.rsplit_once('/') else { continue };
+        let Some(Value::Object(parent)) = value.pointer_mut(parent) else { continue };
+        let new = match kind {
+            0 => {
+                parent.remove(key);
+                continue;
+            }
+            1 => Value::Null,
+            2 => json!(u64::MAX),
+            3 => json!(1e300),
+            4 => json!(0),
+            5 => json!(1e18),
+            6 => json!(-1),
+            _ => other,
+        };
+        parent.insert(key.into(), new);
+    }
+}
+
+/// Some valid values of every specification.
+fn valid_specifications() -> &'static [Value] {
+    static VALUES: std::sync::OnceLock<Vec<Value>> = std::sync::OnceLock::new();
+    VALUES.get_or_init(|| {
+        let mut values = Vec::new();
+        fn add<T: serde::Serialize>(values: &mut Vec<Value>, spec: T) {
+            values.push(serde_json::to_value(spec).expect("a value"));
+        }
+        for text in published() {
+            let config = HfConfig::from_json(text).expect("config");
+            let layers = (0..config.num_layers.min(8)).filter_map(|n| config.layer_for(n, usize::MAX).ok());
+            for layer in layers {
+                let value = serde_json::to_value(&layer).expect("a value");
+                if !values.contains(&value) {
+                    values.push(value);
+                }
+            }
+        }
+        let mut attention = Attention::causal(8, 2, 64);
+        attention.relative_bias = Some(RelativeBias::new(32, 128, true));
+        add(&mut values, attention.relative_bias);
+        add(&mut values, attention);
+        add(&mut values, Mask { causal: true, window_left: Some(7), window_right: Some(0), chunk: Some(16) });
+        add(&mut values, Mla::new(4, 16, 8, 4, 8));
+        let mut rope = Rope::new(RopeStyle::Interleaved, 6, 1e4);
+        let scalings = [
+            RopeScaling::Default,
+            RopeScaling::linear(2.0),
+            RopeScaling::yarn(4.0, 4096.0, 32.0, 1.0, true),
+            RopeScaling::llama3(8.0, 1.0, 4.0, 8192.0),
+            RopeScaling::long_rope(vec![1.0, 2.0, 3.0]),
+            RopeScaling::given(vec![0.1, 0.2, 0.3]),
+        ];
+        for scaling in scalings {
+            add(&mut values, &scaling);
+            rope.scaling = scaling;
+            add(&mut values, &rope);
+        }
+        let mut router = Router::new(8, 2);
+        router.groups = Some(ExpertGroups::new(4, 2, GroupScore::Top2Sum));
+        add(&mut values, router.groups);
+        add(&mut values, &router);
+        router.groups = None;
+        router.capacity = Some(Capacity::new(CapacityLimit::Factor(1.25)));
+        (router.jitter, router.aux_loss) = (Some(0.01), Some(AuxLoss::Switch { group_len: Some(4) }));
+        (router.renormalize, router.second_expert) = (Renormalize::sum(), SecondExpert::Random);
+        add(&mut values, router.capacity);
+        add(&mut values, router.renormalize);
+        add(&mut values, router.aux_loss);
+        add(&mut values, &router);
+        for selection in [Selection::Sinkhorn { iterations: 3 }, Selection::SparseMixer { jitter_eps: 0.1 }] {
+            add(&mut values, selection);
+            (router.selection, router.second_expert) = (selection, SecondExpert::Always);
+            add(&mut values, &router);
+        }
+        let ffn = Ffn::gated(16, 8, Activation::SwigluClamped { alpha: 1.7, limit: 7.0 });
+        let mut experts = ExpertFfn::new(8, ffn);
+        experts.weight_format = WeightFormat::Int4 { group_size: 4 };
+        let mut moe = Moe::new(Router::new(8, 2), experts);
+        moe.shared = Some(SharedExpert::new(ffn));
+        add(&mut values, ffn.activation);
+        add(&mut values, ffn);
+        add(&mut values, experts.weight_format);
+        add(&mut values, experts);
+        add(&mut values, moe.shared);
+        add(&mut values, moe);
+        add(&mut values, Norm::layer(1e-5));
+        let mut prep = QkvPrep::new(4, 2, 16);
+        (prep.qk_norm, prep.clip, prep.rope) = (Some(QkNorm::PerHead), Some(8.0), Some(rope));
+        prep.q_temperature = Some(QTemperature::new(8192.0, 0.1));
+        add(&mut values, &prep.q_temperature);
+        add(&mut values, prep);
+        let mut retention = Retention::new(4, 8, 16);
+        retention.form = RetentionForm::Chunkwise(8);
+        add(&mut values, retention);
+        add(&mut values, Dtype::BF16);
+        values
+    })
+}
+
+/// Reads the bytes as every type that can be read; what is read is validated, and the same when it was written and read again.
+fn specifications(bytes: &[u8]) {
+    fn valid<T>(_: &T) -> gatefold::Result<()> {
+        Ok(())
+    }
+    fn read<T: serde::Serialize + serde::de::DeserializeOwned + PartialEq + std::fmt::Debug>(
+        bytes: &[u8],
+        validate: impl Fn(&T) -> gatefold::Result<()>,
+    ) {
+        let Ok(spec) = serde_json::from_slice::<T>(bytes) else { return };
+        if let Err(error) = validate(&spec) {
+            assert!(error.to_string().contains('`'), "{error}");
+        }
+        let text = serde_json::to_string(&spec).expect("text");
+        assert_eq!(serde_json::from_str::<T>(&text).expect(&text), spec);
+    }
+    peak::within(justified(bytes), || {
+        read::<Layer>(bytes, Layer::validate);
+        read::<AttentionBlock>(bytes, valid);
+        read::<GqaBlock>(bytes, valid);
+        read::<MlaBlock>(bytes, valid);
+        read::<Mlp>(bytes, valid);
+        read::<Attention>(bytes, Attention::validate);
+        read::<RelativeBias>(bytes, RelativeBias::validate);
+        read::<Mask>(bytes, Mask::validate);
+        read::<Mla>(bytes, |mla| mla.validate().map(|()| assert!(mla.expanded().validate().is_ok())));
+        read::<Rope>(bytes, |rope| rope.validate(64).map(|()| assert_eq!(rope.inv_freq().len(), rope.rotary_dim / 2)));
+        read::<RopeScaling>(bytes, valid);
+        read::<RopeStyle>(bytes, valid);
+        read::<Router>(bytes, |router| {
+            // The numbers that outputs are shaped by.
+            router.validate().map(|()| assert!(router.slots() <= router.num_experts.max(router.top_k)))
+        });
+        read::<Score>(bytes, valid);
+        read::<SelectOn>(bytes, valid);
+        read::<Selection>(bytes, valid);
+        read::<Renormalize>(bytes, valid);
+        read::<ExpertGroups>(bytes, valid);
+        read::<GroupScore>(bytes, valid);
+        read::<Capacity>(bytes, valid);
+        read::<CapacityLimit>(bytes, valid);
+        read::<CapacityOrder>(bytes, valid);
+        read::<SecondExpert>(bytes, valid);
+        read::<AuxLoss>(bytes, valid);
+        read::<Ffn>(bytes, Ffn::validate);
+        read::<Activation>(bytes, valid);
+        read::<ExpertFfn>(bytes, ExpertFfn::validate);
+        read::<WeightOn>(bytes, valid);
+        read::<WeightFormat>(bytes, valid);
+        read::<SharedExpert>(bytes, valid);
+        read::<Moe>(bytes, Moe::validate);
+        read::<Norm>(bytes, Norm::validate);
+        read::<NormKind>(bytes, valid);
+        read::<QkNorm>(bytes, valid);
+        read::<QkvPrep>(bytes, QkvPrep::validate);
+        read::<QTemperature>(bytes, valid);
+        read::<Retention>(bytes, Retention::validate);
+        read::<RetentionForm>(bytes, valid);
+        read::<Dtype>(bytes, valid);
+    });
+}
+
+/// Every valid value is read as what it is; every type of the vocabulary that has a JSON form is in the list.
+#[test]
+fn all_specifications_are_read() {
+    valid_specifications().iter().for_each(|value| specifications(value.to_string().as_bytes()));
+    let tests = include_str!("config_input.rs");
+    for source in [
+        include_str!("../src/spec/attention.rs"),
+        include_str!("../src/spec/ffn.rs"),
+        include_str!("../src/spec/layer.rs"),
+        include_str!("../src/spec/linear_attention.rs"),
+        include_str!("../src/spec/mask.rs"),
+        include_str!("../src/spec/norm.rs"),
+        include_str!("../src/spec/rope.rs"),
+        include_str!("../src/spec/router.rs"),
+        include_str!("../src/element.rs"),
+    ] {
+        for part in source.split("serde::Deserialize").skip(1) {
+            let item =
+                part.lines().find_map(|line| line.strip_prefix("pub struct ").or(line.strip_prefix("pub enum ")));
+            let name = item.expect("an item").split([' ', '<']).next().unwrap_or_default();
+            assert!(tests.contains(&format!("read::<{name}>(bytes, ")), "{name} is not read");
+        }
     }
 }
 
