@@ -682,6 +682,8 @@ pub(crate) struct Source {
     pub file: String,
     pub lines: Vec<String>,
     pub arch: u32,
+    /// `.version` of the module.
+    pub version: (u32, u32),
     /// Target `sm_90a`, with the instructions that only this chip has.
     pub sm_90a: bool,
 }

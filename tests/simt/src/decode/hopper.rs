@@ -20,10 +20,6 @@ fn atom_type(ty: Ty) -> AtomType {
 }
 
 impl Decoder<'_> {
-    fn needs_sm90(&self, what: &str) -> Res<()> {
-        if self.source.arch < 90 { Err(format!("`{what}` needs sm_90")) } else { Ok(()) }
-    }
-
     /// `[map, {coordinates}]`
     fn tensor_operand(&mut self, operand: &Operand, dims: usize) -> Res<(Addr, Vec<crate::op::Src>)> {
         let Operand::Address { base, offset, coords: Some(coords) } = operand else {
@@ -42,7 +38,6 @@ impl Decoder<'_> {
             "mbarrier" => (Op::Mbarrier(Box::new(self.mbarrier(raw, m)?)), Class::Sync),
             "wgmma" => self.wgmma(raw, m)?,
             "setmaxnreg" => {
-                self.needs_sm90("setmaxnreg")?;
                 Self::count(raw, 1..=1)?;
                 let Operand::Int(count @ 24..=256) = raw.operands[0] else { return Err("24 to 256 registers".into()) };
                 if count % 8 != 0 {
@@ -54,12 +49,8 @@ impl Decoder<'_> {
                 }
                 (Op::SetMaxNReg { inc: m.has("inc"), count: count as u32 }, Class::Control)
             }
-            "griddepcontrol" => {
-                self.needs_sm90("griddepcontrol")?;
-                Self::count(raw, 0..=0).map(|()| (Op::Nop, Class::Sync))?
-            }
+            "griddepcontrol" => Self::count(raw, 0..=0).map(|()| (Op::Nop, Class::Sync))?,
             "st" => {
-                self.needs_sm90("st.async")?;
                 Self::count(raw, 3..=3)?;
                 let ty = m.ty(0);
                 let lanes = match m.one_of(&["v2", "v4"]) {
@@ -90,11 +81,8 @@ impl Decoder<'_> {
         };
         let relaxed = m.has("relaxed");
         let simple = |kind, addr, value| MbarOp { kind, addr, value, dst: None, relaxed };
-        let newer = m.one_of(&["expect_tx", "complete_tx", "try_wait", "relaxed"]).is_some()
-            || where_ == Space::SharedCluster
-            || m.form == "arrive" && o.len() == 3;
-        if newer {
-            self.needs_sm90("this form of mbarrier")?;
+        if m.form == "arrive" && o.len() == 3 {
+            self.require("mbarrier.arrive with a count", super::floor::CLUSTERS)?;
         }
         Ok(match m.form {
             "init" => {
@@ -145,7 +133,6 @@ impl Decoder<'_> {
     }
 
     fn bulk(&mut self, raw: &RawInstr, m: &Mods) -> Res<(Op, Class)> {
-        self.needs_sm90("cp.async.bulk")?;
         self.kernel.uses.bulk = true;
         let mut o: Vec<&Operand> = raw.operands.iter().collect();
         let found = o.len();
@@ -250,9 +237,6 @@ impl Decoder<'_> {
     }
 
     fn wgmma(&mut self, raw: &RawInstr, m: &Mods) -> Res<(Op, Class)> {
-        if !self.source.sm_90a {
-            return Err("`wgmma` needs target sm_90a".into());
-        }
         self.kernel.uses.wgmma = true;
         let o = &raw.operands;
         if m.form == "sync" {

@@ -1,5 +1,6 @@
 //! Instructions of computation, comparison, conversion and control.
 
+use super::floor::Floor;
 use super::{Decoder, Res};
 use crate::alu_float::{self, Conversion, Flags};
 use crate::alu_int::{self, f1, f3};
@@ -13,6 +14,7 @@ use crate::ptx::types::Ty;
 impl Decoder<'_> {
     pub(super) fn instr(&mut self, raw: &RawInstr) -> Res<Instr> {
         let mods = Mods::find(&raw.opcode, &raw.mods)?;
+        self.require(&raw.full_name(), Floor::of(&mods, self.source.arch))?;
         let guard = match &raw.guard {
             Some((true, name)) => Some(self.pred_src(&Operand::Not(name.clone()))?),
             Some((false, name)) => Some(self.pred_src(&Operand::Name(name.clone()))?),

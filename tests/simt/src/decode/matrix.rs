@@ -29,9 +29,6 @@ impl Decoder<'_> {
             "ldmatrix" | "stmatrix" => {
                 Self::count(raw, 2..=2)?;
                 let load = m.opcode == "ldmatrix";
-                if !load && self.source.arch < 90 {
-                    return Err("`stmatrix` needs sm_90".into());
-                }
                 let addr = self.addr(
                     &o[usize::from(load)],
                     if space(m) == Space::Generic { Space::Generic } else { Space::Shared },
@@ -65,9 +62,6 @@ impl Decoder<'_> {
             Some("m16n8k16") => 16,
             _ => 32,
         };
-        if a.bits() == 8 && m.form == "fp8" && self.source.arch < 89 {
-            return Err("mma on 8-bit floats needs sm_89".into());
-        }
         let bits = if a == Ty::Tf32 { 32 } else { a.bits() };
         let a_regs = (16 * k * bits / 32 / 32) as usize;
         let c_regs = |ty: Ty| if ty == Ty::F16 { 2 } else { 4 };

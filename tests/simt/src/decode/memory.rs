@@ -51,9 +51,6 @@ impl Decoder<'_> {
             ("cvta", _) => {
                 Self::count(raw, 2..=2)?;
                 let ty = m.ty(0);
-                if ty != Ty::U64 {
-                    return Err("generic addresses have 64 bits".into());
-                }
                 let to = m.has("to");
                 let a = match &o[1] {
                     // `cvta.shared.u64 d, variable`
@@ -116,18 +113,22 @@ impl Decoder<'_> {
             _ => 1,
         };
         let bytes = ty.bytes();
-        // 256-bit accesses are for global memory of sm_100 and newer (9.7.9.8)
-        let limit = if self.source.arch >= 100 && space == Space::Global { 32 } else { 16 };
-        if bytes * lanes > limit {
-            return Err(format!("{} bytes in one access, the limit here is {limit}", bytes * lanes));
+        let global = matches!(space, Space::Global | Space::Generic);
+        // 9.7.9.8: 256 bits at a time from global memory alone, where the target has that (`floor.rs`)
+        let limit = if global && order(m) == Order::Weak { 32 } else { 16 };
+        if bytes * lanes > limit || lanes == 8 && bytes != 4 {
+            return Err(format!("{lanes} values of {bytes} bytes in one access, the limit here is {limit} bytes"));
+        }
+        if m.one_of(&["L2::evict_first", "L2::evict_last", "L2::evict_normal"]).is_some() && bytes * lanes != 32 {
+            return Err("an eviction priority of L2 needs `.v8` of 32 bits or `.v4` of 64 bits".into());
+        }
+        if !global && m.hinted() {
+            return Err("a hint to the caches needs global memory".into());
         }
         if m.has("nc") && space != Space::Global {
             return Err("`.nc` needs `.global`".into());
         }
         let order = order(m);
-        if order != Order::Weak && matches!(space, Space::Local | Space::Const | Space::Param) {
-            return Err("a strong access needs global or shared memory".into());
-        }
         let (data, address) = if load { (&o[0], &o[1]) } else { (&o[1], &o[0]) };
         let addr = self.addr(address, space)?;
         let items: Vec<&Operand> = match data {
@@ -175,9 +176,6 @@ impl Decoder<'_> {
             Ty::Bf16x2 => (name, AtomType::Bf16x2),
             _ => (name, AtomType::Unsigned),
         };
-        if matches!(kind, AtomType::Bf16 | AtomType::Bf16x2) && self.source.arch < 90 {
-            return Err("atomics on bf16 need sm_90".into());
-        }
         let dst = if returns == 1 { self.dst_or_sink(&o[0], ty)? } else { None };
         let addr = self.addr(&o[returns], space)?;
         let b = self.src(&o[returns + 1], ty)?;

@@ -1,5 +1,6 @@
 //! Statements to a [`Kernel`]: names become register numbers, labels become targets, operands are checked against types.
 
+pub(crate) mod floor;
 mod hopper;
 mod instr;
 mod matrix;
@@ -58,6 +59,7 @@ pub(crate) fn decode(file: &str, text: &str, ast: &Ast) -> Result<(Vec<Kernel>, 
         file: file.into(),
         lines: text.lines().map(|l| l.trim().to_string()).collect(),
         arch,
+        version: ast.version,
         sm_90a: ast.target == "sm_90a",
     });
     let mut vars = vec![];
@@ -137,6 +139,10 @@ impl<'a> Decoder<'a> {
         self.kernel.maxntid = entry.maxntid;
         self.kernel.maxnreg = entry.maxnreg;
         self.kernel.reqcluster = entry.reqnctapercluster;
+        if entry.reqnctapercluster.is_some() || entry.explicit_cluster {
+            let what = if entry.explicit_cluster { ".explicitcluster" } else { ".reqnctapercluster" };
+            self.require(what, floor::CLUSTERS).map_err(|m| self.error(entry.line, m))?;
+        }
         self.open();
         // Static shared variables first, wherever they stand; dynamic shared memory begins after them.
         let body_vars = entry.body.iter().filter_map(|s| if let Stmt::Var(v) = s { Some(v) } else { None });
@@ -312,6 +318,9 @@ impl<'a> Decoder<'a> {
                 }
                 None => {
                     let special = special::parse(name).ok_or_else(|| format!("`{name}` is not declared"))?;
+                    if special::of_clusters(special) {
+                        self.require(name, floor::CLUSTERS)?;
+                    }
                     if special::bits(special) > ty.bits() || ty.class() == TyClass::Float {
                         return Err(format!("`{name}` does not fit type {ty:?}"));
                     }

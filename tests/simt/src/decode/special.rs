@@ -47,3 +47,16 @@ pub(crate) fn parse(name: &str) -> Option<Special> {
 pub(crate) fn bits(special: Special) -> u32 {
     if special == Special::GridId { 64 } else { 32 }
 }
+
+/// Whether it came with clusters.
+pub(crate) fn of_clusters(special: Special) -> bool {
+    matches!(
+        special,
+        Special::ClusterCtaid(_)
+            | Special::ClusterNctaid(_)
+            | Special::ClusterId(_)
+            | Special::NClusterId(_)
+            | Special::ClusterCtaRank
+            | Special::ClusterNctaRank
+    )
+}

@@ -107,18 +107,18 @@ const TABLE: &[(&str, &str, &str)] = &[
     ("cvt", "tf32", "rna|rn|rz relu? tf32 f32"),
     ("cvt", "pack8", "rn satfinite relu? e4m3x2|e5m2x2 f32|f16x2"),
     ("cvt", "unpack8", "rn relu? f16x2 e4m3x2|e5m2x2"),
-    ("cvta", "any", "to? global|shared|shared::cta|shared::cluster|local|const|param u32|u64"),
-    ("isspacep", "any", "SPACES"),
+    ("cvta", "any", "to? global|shared|shared::cta|shared::cluster|local|const|param u64"),
+    ("isspacep", "any", "global|shared|shared::cta|shared::cluster|local|param"),
     ("ld", "weak", "weak? SPACES? nc? L1_EVICT? L2_EVICT? L2::cache_hint? PREFETCH? v2|v4|v8? MEM_TYPES"),
-    ("ld", "cop", "weak? SPACES? ca|cg|cs|lu|cv nc? L2::cache_hint? PREFETCH? v2|v4|v8? MEM_TYPES"),
-    ("ld", "volatile", "volatile SPACES? v2|v4? MEM_TYPES"),
-    ("ld", "strong", "relaxed|acquire SCOPE SPACES? v2|v4? MEM_TYPES"),
+    ("ld", "cop", "weak? STORE_SPACES? ca|cg|cs|lu|cv nc? L2::cache_hint? PREFETCH? v2|v4|v8? MEM_TYPES"),
+    ("ld", "volatile", "volatile ATOM_SPACES? v2|v4? MEM_TYPES"),
+    ("ld", "strong", "relaxed|acquire SCOPE ATOM_SPACES? v2|v4? MEM_TYPES"),
     ("st", "weak", "weak? STORE_SPACES? L1_EVICT? L2_EVICT? L2::cache_hint? v2|v4|v8? MEM_TYPES"),
     ("st", "cop", "weak? STORE_SPACES? wb|cg|cs|wt L2::cache_hint? v2|v4|v8? MEM_TYPES"),
-    ("st", "volatile", "volatile STORE_SPACES? v2|v4? MEM_TYPES"),
-    ("st", "strong", "relaxed|release SCOPE STORE_SPACES? v2|v4? MEM_TYPES"),
+    ("st", "volatile", "volatile ATOM_SPACES? v2|v4? MEM_TYPES"),
+    ("st", "strong", "relaxed|release SCOPE ATOM_SPACES? v2|v4? MEM_TYPES"),
     ("prefetch", "any", "global? L1|L2|L2::evict_last|L2::evict_normal"),
-    ("prefetch", "tensormap", "param|const? tensormap"),
+    ("prefetch", "tensormap", "param? tensormap"),
     (
         "createpolicy",
         "any",
@@ -341,6 +341,11 @@ impl Mods {
     /// Is this modifier present?
     pub(crate) fn has(&self, name: &str) -> bool {
         self.chosen.iter().flatten().any(|c| *c == name)
+    }
+
+    /// Is there a hint to the caches, a cache operator excepted?
+    pub(crate) fn hinted(&self) -> bool {
+        self.chosen.iter().flatten().any(|c| c.starts_with("L1::") || c.starts_with("L2::"))
     }
 
     /// The modifier in slot `i` of the row.

@@ -3,6 +3,7 @@
 use super::lex::{Lexeme, Token, lex};
 use super::types::Ty;
 use super::{PtxError, parse_expr::Expr};
+use crate::decode::floor::version_of_target;
 
 /// A whole file.
 pub(crate) struct Ast {
@@ -44,6 +45,7 @@ pub(crate) struct Entry {
     pub maxntid: Option<[u32; 3]>,
     pub maxnreg: Option<u32>,
     pub reqnctapercluster: Option<[u32; 3]>,
+    pub explicit_cluster: bool,
     pub body: Vec<Stmt>,
 }
 
@@ -66,6 +68,13 @@ pub(crate) struct RawInstr {
     pub opcode: String,
     pub mods: Vec<String>,
     pub operands: Vec<Operand>,
+}
+
+impl RawInstr {
+    /// The opcode with its modifiers.
+    pub(crate) fn full_name(&self) -> String {
+        std::iter::once(&self.opcode).chain(&self.mods).cloned().collect::<Vec<_>>().join(".")
+    }
 }
 
 /// An operand as written.
@@ -217,6 +226,14 @@ impl Parser<'_> {
             self.at = 0;
             return self.error("a module starts with `.version` and `.target`");
         }
+        let (oldest, found) = (version_of_target(&ast.target), ast.version);
+        if found < oldest {
+            self.at = 0;
+            return self.error(format!(
+                "target `{}` needs PTX {}.{} or newer, the module has `.version {}.{}`",
+                ast.target, oldest.0, oldest.1, found.0, found.1
+            ));
+        }
         Ok(ast)
     }
 
@@ -239,6 +256,7 @@ impl Parser<'_> {
             maxntid: None,
             maxnreg: None,
             reqnctapercluster: None,
+            explicit_cluster: false,
             body: vec![],
         };
         if self.eat("(") {
@@ -262,7 +280,7 @@ impl Parser<'_> {
                     self.int()?;
                 }
                 ".maxnreg" => entry.maxnreg = Some(self.int()? as u32),
-                ".explicitcluster" => {}
+                ".explicitcluster" => entry.explicit_cluster = true,
                 ".pragma" => self.pragma()?,
                 other => {
                     self.at -= 1;

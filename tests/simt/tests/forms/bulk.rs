@@ -31,8 +31,10 @@ fn mbarriers(all: &mut Vec<Form>) {
         )
     };
     let neighbour = |v: &Values| vec![(0..32).map(|t| v[0][t ^ 1]).collect()];
-    let mut push =
-        |name: String, body: String| all.push(block(name, "sm_90", &[(32, Domain::Int(32))], &[32], body, neighbour));
+    let mut push = |name: String, body: String| {
+        let target = if body.contains("try_wait") || body.contains("cluster") { "sm_90" } else { "sm_80" };
+        all.push(block(name, target, &[(32, Domain::Int(32))], &[32], body, neighbour));
+    };
     let wait = "mbarrier.try_wait.parity.shared::cta.b64 done, [bar], 0";
     for init in ["mbarrier.init.b64", "mbarrier.init.shared.b64", "mbarrier.init.shared::cta.b64"] {
         let inval = if init.contains("::cta") { "mbarrier.inval.shared.b64" } else { "mbarrier.inval.shared::cta.b64" };
@@ -152,14 +154,13 @@ fn mbarriers(all: &mut Vec<Form>) {
             body.replace("try_wait.parity.shared::cta", "test_wait.parity.shared"),
             done,
         ));
-        all.last_mut().unwrap().target = "sm_90";
     }
     // 9.7.13.15.16: the pending count of the state that an arrival returned
     let body = format!(
         "{BARRIER}.reg .b64 state;\n.reg .b32 n;\nmov.u32 d0, 7;\n@first mbarrier.init.shared.b64 [bar], 7;\nbar.sync 0;\n\
          @first mbarrier.arrive.noComplete.shared.b64 state, [bar], 2;\n@first mbarrier.pending_count.b64 d0, state;\nadd.u32 d0, d0, a0;"
     );
-    all.push(block("mbarrier_pending_count", "sm_90", &[(32, Domain::Below(1))], &[32], body, |_| vec![vec![7; 32]]));
+    all.push(block("mbarrier_pending_count", "sm_80", &[(32, Domain::Below(1))], &[32], body, |_| vec![vec![7; 32]]));
     // arrivals triggered by cp.async
     for (m, extra) in [
         ("cp.async.mbarrier.arrive.noinc.shared.b64", ""),
@@ -220,11 +221,7 @@ fn bulk(all: &mut Vec<Form>) {
         ("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes", "", "sm_90"),
         ("cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes", "", "sm_90"),
         ("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint", ", policy", "sm_90"),
-        (
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster",
-            ", everyone",
-            "sm_90a",
-        ),
+        ("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster", ", everyone", "sm_90"),
     ] {
         let body = format!(
             "{BARRIER}{BLOCK_IN}{POLICY}.reg .b16 everyone;\nmov.u16 everyone, 1;\n.shared .align 16 .b8 smem[256];\n.reg .b32 p, q;\nmov.u32 p, smem;\n\
@@ -367,7 +364,7 @@ fn tensor_loads(all: &mut Vec<Form>, rank: usize, box_dims: &'static [u32]) {
         ("shared::cluster.global.mbarrier::complete_tx::bytes", "", "sm_90"),
         ("shared::cta.global.tile.mbarrier::complete_tx::bytes", "", "sm_90"),
         ("shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint", ", policy", "sm_90"),
-        ("shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster", ", everyone", "sm_90a"),
+        ("shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster", ", everyone", "sm_90"),
     ] {
         let m = format!("cp.async.bulk.tensor.{rank}d.{m}");
         for swizzle in [Swizzle::None, Swizzle::B32] {
@@ -560,5 +557,13 @@ fn others(all: &mut Vec<Form>) {
     form.expect = Expect::All(Box::new(|inputs| {
         (0..inputs.len() as u64).map(|b| vec![vec![1; 32], vec![1; 32], vec![2; 32], vec![b % 2; 32]]).collect()
     }));
+    all.push(form);
+    // an address in the other block, generic and back
+    let body = ".shared .align 4 .b8 smem[4];\n.reg .b32 p, q;\n.reg .b64 g, h;\nmov.u32 p, smem;\nxor.b32 q, a0, 1;\nmapa.shared::cluster.u32 q, p, q;\n\
+                cvt.u64.u32 h, q;\ncvta.shared::cluster.u64 g, h;\ngetctarank.u64 d0, g;\ncvta.to.shared::cluster.u64 g, g;\nsub.u64 d1, g, h;\n\
+                barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;";
+    let mut form = lane("cvta_shared_cluster_u64", "sm_90", &[(32, Domain::Below(1))], &[32, 64], body, |_| vec![]);
+    form.cluster = 2;
+    form.expect = Expect::All(Box::new(|inputs| inputs.iter().map(|_| vec![vec![1; 32], vec![0; 32]]).collect()));
     all.push(form);
 }

@@ -179,8 +179,7 @@ fn floats(all: &mut Vec<Form>) {
                 }
                 let m = format!("cvt{ftz}{sat}.f32.{name}");
                 let (ftz, sat) = (!ftz.is_empty(), !sat.is_empty());
-                let target = if name == "bf16" { "sm_90" } else { "sm_80" };
-                all.push(lane(ident(&m), target, &[(width, domain)], &[32], format!("{m} d0, a0;"), move |a| {
+                all.push(lane(ident(&m), "sm_80", &[(width, domain)], &[32], format!("{m} d0, a0;"), move |a| {
                     if format == BF16 {
                         return vec![a[0] << 16]; // a shift: ptxas emits SHF.L, so that a NaN keeps its bits
                     }

@@ -105,7 +105,7 @@ pub enum Expect {
 pub struct Form {
     /// Name of the entry and of the recorded vector.
     pub name: String,
-    /// `sm_80`, `sm_89`, `sm_90`, `sm_90a`
+    /// The oldest that has the form: `sm_80`, `sm_89`, `sm_90`, `sm_90a`, `sm_100`.
     pub target: &'static str,
     /// Inputs.
     pub inputs: Vec<Input>,
@@ -186,14 +186,26 @@ pub fn ident(instruction: &str) -> String {
     instruction.replace("::", "_").replace('.', "_")
 }
 
+/// The first lines of a module.
+pub fn header(target: &str, version: &str) -> String {
+    format!(".version {version}\n.target {target}\n.address_size 64\n\n")
+}
+
 impl Form {
     /// The complete module.
     pub fn ptx(&self) -> String {
+        // 256-bit accesses are the only ones that ask for more
+        self.ptx_for(self.target, if self.target == "sm_100" { "8.8" } else { "8.6" })
+    }
+
+    /// The module with another header.
+    pub fn ptx_for(&self, target: &str, version: &str) -> String {
+        format!("{}{}", header(target, version), self.entry())
+    }
+
+    /// The kernel without a header.
+    pub fn entry(&self) -> String {
         use std::fmt::Write;
-        let version = match self.target {
-            "sm_80" => "8.0",
-            _ => "8.6",
-        };
         let mut s = String::new();
         let map = if self.map.is_some() { ",\n    .param .align 64 .b8 map[128]" } else { "" };
         let cluster = match self.cluster {
@@ -202,9 +214,9 @@ impl Form {
         };
         writeln!(
             s,
-            ".version {version}\n.target {}\n.address_size 64\n\n.visible .entry {}(\n    .param .u64 p_in,\n    .param .u64 p_out,\n    \
+            ".visible .entry {}(\n    .param .u64 p_in,\n    .param .u64 p_out,\n    \
              .param .u64 p_scratch{map})\n{cluster}.reqntid {}, 1, 1\n{{",
-            self.target, self.name, self.threads
+            self.name, self.threads
         )
         .unwrap();
         // in, out: this thread's first slots; scratch: 4096 bytes per block

@@ -112,6 +112,7 @@ pub fn add(all: &mut Vec<Form>) {
         }
     }
     hints(all);
+    wide(all);
     constants(all);
     atomics(all);
     let body = ".reg .pred odd;\n.reg .b32 low;\nand.b32 low, tid, 1;\nsetp.eq.u32 odd, low, 1;\nmov.u32 d0, a0;\nbra.uni ON;\nON:\nst.global.b32 [out], d0;\nret.uni;";
@@ -130,11 +131,28 @@ fn hints(all: &mut Vec<Form>) {
     all.push(lane("st_global_cs_L2_cache_hint_u32", "sm_80", &[(32, Domain::Int(32))], &[32], body, |a| vec![a[0]]));
 }
 
+/// 256 bits at a time (9.7.9.8), the only accesses that take an eviction priority of L2.
+fn wide(all: &mut Vec<Form>) {
+    for (n, bits) in [(8, 32), (4, 64)] {
+        for hint in ["", ".cg", ".L2::evict_first", ".L2::evict_last", ".L2::evict_normal"] {
+            let list = |prefix: &str| (0..n).map(|i| format!("{prefix}{i}")).collect::<Vec<_>>().join(", ");
+            let m = format!("global{hint}.v{n}.b{bits}");
+            let body = format!(
+                ".reg .b64 p;\nmul.wide.u32 p, tid, 32;\nadd.s64 p, scratch, p;\nst.{m} [p], {{{}}};\nld.{m} {{{}}}, [p];",
+                list("a"),
+                list("d")
+            );
+            let (inputs, outputs) = (vec![(bits, Domain::Int(bits)); n], vec![bits; n]);
+            all.push(lane(format!("wide_{}", ident(&m)), "sm_100", &inputs, &outputs, body, |a| a.to_vec()));
+        }
+    }
+}
+
 fn constants(all: &mut Vec<Form>) {
     // kernel parameters by address, through every kind of load that the state space has
     let body = ".reg .b64 p, q;\n.reg .pred is;\nmov.b64 p, p_in;\ncvta.param.u64 q, p;\nld.u64 d0, [q];\nsub.u64 d0, d0, d0;\n\
                 isspacep.param is, q;\nselp.u64 d0, 1, 0, is;\ncvta.to.param.u64 p, q;\nld.param.u64 d1, [p_scratch];\nsub.u64 d1, d1, d1;";
-    all.push(lane("cvta_param_u64", "sm_90", &[(32, Domain::Int(32))], &[64, 64], body, |_| vec![1, 0]));
+    all.push(lane("cvta_param_u64", "sm_80", &[(32, Domain::Int(32))], &[64, 64], body, |_| vec![1, 0]));
     for ty in ["u8", "s8", "b8", "u16", "s16", "b16", "u32", "s32", "b32", "f32", "u64", "s64", "b64", "f64"] {
         let bits: u32 = ty[1..].parse().unwrap();
         let reg = bits.max(16);
