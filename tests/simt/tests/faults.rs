@@ -1,89 +1,32 @@
 //! Planted faults: for every kind of finding a kernel that has it, reported at the right line, and a twin without it that is clean under
 //! 100 seeds. The kernels are in `faults/`, see its README for their marks.
 
+mod planted;
+
+use planted::Planted;
 use simt::model::smem::Swizzle;
 use simt::model::tensor_map::{ElementType, TensorMap};
 use simt::{Finding, Launch, Mode, Module, Report, Sim, seeds};
 
-/// One file.
-struct Planted {
-    name: String,
-    text: String,
-    finding: String,
-}
-
-impl Planted {
-    fn all() -> Vec<Planted> {
-        let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/faults");
-        let mut all: Vec<Planted> = std::fs::read_dir(dir)
-            .unwrap()
-            .map(|entry| entry.unwrap().path())
-            .filter(|path| path.extension().is_some_and(|e| e == "ptx"))
-            .map(|path| {
-                let text = std::fs::read_to_string(&path).unwrap();
-                let finding =
-                    text.lines().find_map(|l| l.strip_prefix("//! finding ")).expect("a finding").trim().to_string();
-                Planted { name: path.file_stem().unwrap().to_string_lossy().into_owned(), text, finding }
-            })
-            .collect();
-        all.sort_by(|a, b| a.name.cmp(&b.name));
-        all
+fn run(planted: &Planted, faulty: bool, seed: u64, mode: Mode) -> Result<Report, String> {
+    let (text, _) = planted.render(faulty);
+    let module = Module::parse(&format!("{}.ptx", planted.name), &text).map_err(|e| e.to_string())?;
+    let mut sim = Sim::new();
+    let input = sim.upload(&(0..1024u32).collect::<Vec<_>>());
+    let out = sim.alloc(65536);
+    let value = |key: &str, default: u64| planted.launch_value(faulty, key, default) as u32;
+    let mut launch = Launch::new([value("grid", 1), 1, 1], [value("block", 32), 1, 1])
+        .cluster([value("cluster", 1), 1, 1])
+        .smem(value("smem", 0))
+        .arg(input)
+        .arg(out)
+        .seed(seed)
+        .mode(mode);
+    launch.max_steps = planted.launch_value(faulty, "steps", 10_000_000);
+    if module.params("faulty").unwrap().len() == 3 {
+        launch = launch.arg(&TensorMap::dense(ElementType::U32, input, &[32, 32], &[32, 8], Swizzle::None));
     }
-
-    /// The text of one kernel and the numbers of its `here` lines.
-    fn render(&self, faulty: bool) -> (String, Vec<u32>) {
-        let (mut out, mut here, mut number) = (String::new(), vec![], 0);
-        for line in self.text.lines() {
-            let (code, marks) =
-                if line.starts_with("//!") { (line, "") } else { line.split_once("//!").unwrap_or((line, "")) };
-            let has = |mark: &str| marks.split_whitespace().any(|m| m == mark);
-            if has(if faulty { "clean" } else { "fault" }) {
-                continue;
-            }
-            number += 1;
-            if has("here") {
-                here.push(number);
-            }
-            out += code.trim_end();
-            out += "\n";
-        }
-        (out, here)
-    }
-
-    /// A number of the `launch` line.
-    fn launch_value(&self, faulty: bool, key: &str, default: u64) -> u64 {
-        let line = |prefix: &str| self.text.lines().find_map(|l| l.strip_prefix(prefix));
-        let own = if faulty { line("//! launch fault ") } else { None };
-        let words = own.or_else(|| line("//! launch ")).expect("a launch line");
-        let mut words = words.split_whitespace();
-        while let Some(word) = words.next() {
-            if word == key {
-                return words.next().unwrap().parse().unwrap();
-            }
-        }
-        default
-    }
-
-    fn run(&self, faulty: bool, seed: u64, mode: Mode) -> Result<Report, String> {
-        let (text, _) = self.render(faulty);
-        let module = Module::parse(&format!("{}.ptx", self.name), &text).map_err(|e| e.to_string())?;
-        let mut sim = Sim::new();
-        let input = sim.upload(&(0..1024u32).collect::<Vec<_>>());
-        let out = sim.alloc(65536);
-        let value = |key: &str, default: u64| self.launch_value(faulty, key, default) as u32;
-        let mut launch = Launch::new([value("grid", 1), 1, 1], [value("block", 32), 1, 1])
-            .cluster([value("cluster", 1), 1, 1])
-            .smem(value("smem", 0))
-            .arg(input)
-            .arg(out)
-            .seed(seed)
-            .mode(mode);
-        launch.max_steps = self.launch_value(faulty, "steps", 10_000_000);
-        if module.params("faulty").unwrap().len() == 3 {
-            launch = launch.arg(&TensorMap::dense(ElementType::U32, input, &[32, 32], &[32, 8], Swizzle::None));
-        }
-        sim.launch(&module, "faulty", &launch).map_err(|e| format!("{}: {e}", self.name))
-    }
+    sim.launch(&module, "faulty", &launch).map_err(|e| format!("{}: {e}", planted.name))
 }
 
 #[test]
@@ -105,7 +48,7 @@ fn check_fault(planted: &Planted) -> Result<(), String> {
     let mut last = String::new();
     for seed in seeds(10) {
         for mode in [Mode::LockStep, Mode::Split] {
-            let report = planted.run(true, seed, mode)?;
+            let report = run(planted, true, seed, mode)?;
             for found in report.findings.iter().filter(|f| format!("{:?}", f.finding) == planted.finding) {
                 // a fault of the launch has no line
                 if !here.is_empty() && !here.contains(&found.line) {
@@ -136,7 +79,7 @@ fn faults_are_reported_at_their_line() {
 fn check_twin(planted: &Planted) -> Result<(), String> {
     for seed in seeds(100) {
         for mode in [Mode::LockStep, Mode::Split] {
-            let report = planted.run(false, seed, mode)?;
+            let report = run(planted, false, seed, mode)?;
             if !report.is_clean() {
                 return Err(format!("{}: {report}", planted.name));
             }

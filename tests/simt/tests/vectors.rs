@@ -1,6 +1,8 @@
 //! Replays what a GPU has computed: every file in `vectors/` against the simulator in `Exact` mode, bit for bit. See `vectors/README.md`.
 
 mod forms;
+#[path = "../../common/skip.rs"]
+mod skip;
 
 use forms::record::{Line, hash, header, inputs_hash};
 use forms::{Expect, Form};
@@ -61,7 +63,7 @@ fn recorded_vectors_replay_bit_for_bit() {
         .filter(|p| p.extension().is_some_and(|e| e == "txt"))
         .collect();
     if files.is_empty() {
-        println!("SKIPPED: nothing is recorded in tests/simt/vectors (see its README)");
+        skip::skipped("nothing is recorded in tests/simt/vectors (see its README)");
         return;
     }
     let all = forms::all();
