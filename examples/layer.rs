@@ -26,7 +26,7 @@ use support::checkpoint::Checkpoint;
 use support::cpu::CpuBackend;
 use support::layer::{Cache, LayerWeights, Options as Run, PackedLayer, Rows, Stage, Trace, run};
 use support::random::{Maker, num_weights};
-use support::roof::Roof;
+use support::roof::{Roof, last_level_cache};
 use support::verify::{Checked, Subject, verify};
 
 /// Largest error of a hidden state against the recorded truth, in f32.
@@ -295,6 +295,8 @@ fn random_layer<T: Float>(options: &Options, level: Level) -> Result<bool, Strin
     progress.finish_and_clear();
 
     let measured = measure(options, &mut b, &packed, steps).map_err(|e| e.to_string())?;
+    // Other load may have come or gone.
+    let roof = roof.max(Roof::measure(level.name(), pairs));
     let mut checks = Vec::new();
     for kept in &measured.kept {
         let subject = Subject {
@@ -477,12 +479,15 @@ impl Report<'_> {
         println!("{title}");
         println!("  {:16} {:38} {:>10} {:>14} {:>7}  used", "stage", "shape", "time", "rate", "of roof");
         let (mut total, mut limit) = (0.0, 0.0);
+        let cache = last_level_cache();
+        let mut is_cached = false;
         for stage in stages {
             let seconds = stage.time.as_secs_f64();
             let least = self.roof.limit(stage.flops, stage.bytes);
             total += seconds;
             limit += least;
-            let rate = if self.roof.is_compute_bound(stage.flops, stage.bytes) {
+            let is_compute_bound = self.roof.is_compute_bound(stage.flops, stage.bytes);
+            let rate = if is_compute_bound {
                 format!("{:.3} TFLOP/s", stage.flops / seconds / 1e12)
             } else {
                 format!("{:.1} GB/s", stage.bytes / seconds / 1e9)
@@ -493,16 +498,27 @@ impl Report<'_> {
             } else {
                 format!("{:.0} %", 100.0 * least / seconds)
             };
+            let is_faster =
+                share != "-" && least > seconds && !is_compute_bound && cache.is_some_and(|c| stage.bytes <= c);
+            is_cached |= is_faster;
             println!(
-                "  {:16} {:38} {:>10} {rate:>14} {share:>7}  {}",
+                "  {:16} {:38} {:>10} {rate:>14} {share:>7}{} {}",
                 stage.name,
                 stage.shape,
                 time(stage.time),
+                if is_faster { '*' } else { ' ' },
                 self.used
             );
         }
         let all = Duration::from_secs_f64(total);
-        println!("  {:16} {:38} {:>10} {:>14} {:>5.0} %\n", "layer", "", time(all), "", 100.0 * limit / total);
+        println!("  {:16} {:38} {:>10} {:>14} {:>5.0} %", "layer", "", time(all), "", 100.0 * limit / total);
+        if let (true, Some(cache)) = (is_cached, cache) {
+            let mib = cache / f64::from(1 << 20);
+            println!(
+                "  * reads less than the last-level cache holds ({mib:.0} MiB): in part from there, not from memory"
+            );
+        }
+        println!();
     }
 
     fn print_histogram(&self) {
