@@ -3,8 +3,7 @@
 //! Every function takes a [`Cpu`] first: the instructions to use ([`Level`]) and a workspace. Threads are those of the rayon
 //! pool that the caller is in. Results do not depend on the number of threads.
 
-#![allow(dead_code)] // until every function that uses these is here
-
+mod any;
 mod attention;
 mod expert_ffn;
 mod float;

@@ -7,7 +7,6 @@ mod plan;
 mod sort;
 
 pub use packed::{PackedExperts, PackedFfn};
-pub use passes::Run;
 pub(super) use passes::{Always, Routed};
 
 use super::float::Float;
@@ -15,12 +14,12 @@ use super::level::dispatch;
 use super::workspace::Carver;
 use super::{Cpu, Level};
 use crate::args::{Routing, check_expert_ffn, check_mlp};
+use crate::element::Dtype;
 use crate::error::{Error, Result};
 use crate::spec::{ExpertFfn, Ffn};
 use crate::view::{View, ViewMut};
-use passes::{Call, Size};
+use passes::{Call, Run, Size};
 use plan::Sizes;
-use std::marker::PhantomData;
 
 /// The routed experts.
 ///
@@ -60,7 +59,7 @@ pub fn expert_ffn<T: Float, O: Float>(
     if num_tokens == 0 {
         return Ok(());
     }
-    let mut carver = cpu.workspace.carve(experts_bytes::<T>(cpu.level, Some((weights, slots)), None, num_tokens));
+    let mut carver = cpu.workspace.carve(experts_bytes(cpu.level, T::DTYPE, Some((weights, slots)), None, num_tokens));
     let routed = Routed { spec, experts: weights, routing: *routing };
     experts_in(cpu.level, &mut carver, hidden, Some(routed), None, out);
     Ok(())
@@ -73,7 +72,7 @@ pub fn expert_ffn_workspace_bytes<T: Float>(
     num_tokens: usize,
     slots: usize,
 ) -> usize {
-    experts_bytes::<T>(cpu.level, Some((weights, slots)), None, num_tokens)
+    experts_bytes(cpu.level, T::DTYPE, Some((weights, slots)), None, num_tokens)
 }
 
 /// One feed-forward block.
@@ -103,7 +102,8 @@ pub fn mlp<T: Float, O: Float>(
     if num_tokens == 0 {
         return Ok(());
     }
-    let mut carver = cpu.workspace.carve(experts_bytes::<T>(cpu.level, None, Some(weights.as_experts()), num_tokens));
+    let mut carver =
+        cpu.workspace.carve(experts_bytes(cpu.level, T::DTYPE, None, Some(weights.as_experts()), num_tokens));
     let always = Always { experts: weights.as_experts(), factors: None };
     experts_in(cpu.level, &mut carver, x, None, Some(always), out);
     Ok(())
@@ -111,7 +111,7 @@ pub fn mlp<T: Float, O: Float>(
 
 /// Workspace of [`mlp`] for activations `T`, in the rayon pool of the caller.
 pub fn mlp_workspace_bytes<T: Float>(cpu: &Cpu, weights: &PackedFfn, num_tokens: usize) -> usize {
-    experts_bytes::<T>(cpu.level, None, Some(weights.as_experts()), num_tokens)
+    experts_bytes(cpu.level, T::DTYPE, None, Some(weights.as_experts()), num_tokens)
 }
 
 /// Assignments of a chunk of tokens are numbered in 32 bits.
@@ -124,8 +124,9 @@ pub(super) fn check_assignments(slots: usize) -> Result<()> {
 }
 
 /// Workspace of [`experts_in`]; routed experts come with their slots. 0 for so many slots that the call is an error.
-pub(super) fn experts_bytes<T: Float>(
+pub(super) fn experts_bytes(
     level: Level,
+    activations: Dtype,
     routed: Option<(&PackedExperts, usize)>,
     always: Option<&PackedExperts>,
     num_tokens: usize,
@@ -136,7 +137,7 @@ pub(super) fn experts_bytes<T: Float>(
     let routed = routed.map(|(experts, slots)| Sizes { experts, slots });
     let sizes = [routed, always.map(|experts| Sizes { experts, slots: 1 })];
     let hidden_size = sizes.iter().flatten().next().map_or(0, |s| s.experts.spec().ffn.hidden_size);
-    dispatch(level, Size::<T> { num_tokens, hidden_size, sizes, element: PhantomData })
+    dispatch(level, Size { activations, num_tokens, hidden_size, sizes })
 }
 
 /// The computation without its checks, in memory that is already there. Routed experts and the one of all tokens have the same
@@ -151,10 +152,10 @@ pub(super) fn experts_in<'a, T: Float, O: Float>(
 ) {
     let out_stride = out.strides()[0];
     let out = O::any_shared(out.data_mut());
-    T::experts(level, Run { carver, call: Call { hidden, routed, always, out, out_stride } });
+    run_any(level, Run { carver, call: Call { hidden: T::any_view(hidden), routed, always, out, out_stride } });
 }
 
-/// The computation for one type of activations, compiled in this crate: it is what [`Float::experts`] calls.
-pub(super) fn experts_of<T: Float>(level: Level, run: Run<'_, '_, T>) {
+/// The computation, compiled once, not in every crate that calls it.
+fn run_any(level: Level, run: Run<'_, '_>) {
     dispatch(level, run);
 }

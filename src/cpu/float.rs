@@ -1,12 +1,11 @@
 //! Element types that the CPU backend computes with.
 
+use super::any::{AnyShared, AnyView};
 use super::attention::{Call, attention_of};
-use super::expert_ffn::{Run, experts_of};
-use super::level::Level;
-use super::linear::{Linear, linear_of};
-use super::parallel::{AnyShared, Shared};
+use super::parallel::Shared;
 use super::simd::Simd;
 use crate::element::Element;
+use crate::view::View;
 use half::{bf16, f16};
 
 /// `f32`, `bf16` or `f16`: what activations and weights of the CPU backend may be. (`f64` is for the reference alone.)
@@ -25,15 +24,13 @@ pub trait Float: Element {
     /// Writes the first `min(LANES, len)` values.
     #[doc(hidden)]
     fn store_partial<S: Simd>(simd: S, dst: &mut [Self], x: S::F32);
+    /// The view as one of any type.
+    #[doc(hidden)]
+    fn any_view<const N: usize>(view: View<'_, Self, N>) -> AnyView<'_, N>;
     /// The slice as one of any type.
     #[doc(hidden)]
     fn any_shared(slice: &mut [Self]) -> AnyShared<'_>;
-
-    // The large computations, one function per type: they are compiled here, once, not in every crate that calls them.
-    #[doc(hidden)]
-    fn linear(level: Level, call: Linear<'_, '_, Self>);
-    #[doc(hidden)]
-    fn experts(level: Level, run: Run<'_, '_, Self>);
+    /// Attention for this type: compiled here, once, not in every crate that calls it.
     #[doc(hidden)]
     fn attention(call: Call<'_, '_, Self>);
 }
@@ -41,14 +38,11 @@ pub trait Float: Element {
 /// The functions that are the same text for every type.
 macro_rules! compiled_here {
     ($variant:ident) => {
+        fn any_view<const N: usize>(view: View<'_, Self, N>) -> AnyView<'_, N> {
+            AnyView::$variant(view)
+        }
         fn any_shared(slice: &mut [Self]) -> AnyShared<'_> {
             AnyShared::$variant(Shared::new(slice))
-        }
-        fn linear(level: Level, call: Linear<'_, '_, Self>) {
-            linear_of(level, call);
-        }
-        fn experts(level: Level, run: Run<'_, '_, Self>) {
-            experts_of(level, run);
         }
         fn attention(call: Call<'_, '_, Self>) {
             attention_of(call);

@@ -1,5 +1,6 @@
 //! `linear`: a packed weight matrix times rows, and the same for one matrix per head.
 
+use super::any::{AnyRow, AnyShared, AnyView};
 use super::float::Float;
 use super::gemm::pack::{PackedRows, Rows, pack_panel, pack_panel_transposed, packed_len, panel_len};
 use super::gemm::product::{Product, ProductKernel, with_product};
@@ -7,7 +8,7 @@ use super::gemm::{
     Blocking, Epilogue, PANEL, TileSpan, block_tokens, multiply, num_panels, padded_rows, panels_per_item,
 };
 use super::level::dispatch;
-use super::parallel::{self, AnyShared, Shared};
+use super::parallel::{self, Shared};
 use super::simd::{Kernel, Simd};
 use super::workspace::{AlignedBytes, Carver, part_bytes};
 use super::{Cpu, Level};
@@ -15,7 +16,6 @@ use crate::args::check_linear;
 use crate::element::Dtype;
 use crate::error::{Error, Result};
 use crate::view::{View, ViewMut};
-use std::marker::PhantomData;
 
 /// Weights of a linear layer, or of one per head, rearranged once for all levels: `[heads, outputs, inputs]`.
 ///
@@ -157,7 +157,7 @@ pub fn linear<T: Float, O: Float>(
         return Err(Error::value("weight", "one matrix, not one per head", format!("{} heads", weight.heads)));
     }
     let num_tokens = check_linear(&x, [weight.outputs, weight.inputs], bias, &out)?;
-    let mut carver = cpu.workspace.carve(linear_bytes::<T>(cpu.level, weight, num_tokens));
+    let mut carver = cpu.workspace.carve(linear_bytes(cpu.level, T::DTYPE, weight, num_tokens));
     linear_in(cpu.level, &mut carver, x, weight, bias, out);
     Ok(())
 }
@@ -181,19 +181,19 @@ pub fn linear_heads<T: Float, O: Float>(
     let num_tokens = x.shape()[0];
     x.check("x", [num_tokens, weight.heads, weight.inputs])?;
     out.check("out", [num_tokens, weight.heads, weight.outputs])?;
-    let mut carver = cpu.workspace.carve(linear_bytes::<T>(cpu.level, weight, num_tokens));
+    let mut carver = cpu.workspace.carve(linear_bytes(cpu.level, T::DTYPE, weight, num_tokens));
     run(cpu.level, &mut carver, x, weight, None, out);
     Ok(())
 }
 
 /// Workspace of [`linear`] and [`linear_heads`] for activations `T`, in the rayon pool of the caller.
 pub fn linear_workspace_bytes<T: Float>(cpu: &Cpu, weight: &PackedLinear, num_tokens: usize) -> usize {
-    linear_bytes::<T>(cpu.level, weight, num_tokens)
+    linear_bytes(cpu.level, T::DTYPE, weight, num_tokens)
 }
 
 /// [`linear_workspace_bytes`] for functions that contain a linear layer.
-pub(crate) fn linear_bytes<T: Float>(level: Level, weight: &PackedLinear, num_tokens: usize) -> usize {
-    dispatch(level, Size::<T> { weight, num_tokens, element: PhantomData })
+pub(crate) fn linear_bytes(level: Level, activations: Dtype, weight: &PackedLinear, num_tokens: usize) -> usize {
+    dispatch(level, Size { activations, weight, num_tokens })
 }
 
 /// [`linear`] without its checks, in memory that is already there.
@@ -222,11 +222,11 @@ fn run<T: Float, O: Float>(
     mut out: ViewMut<'_, O, 3>,
 ) {
     let strides = out.strides();
-    T::linear(level, Linear { carver, x, weight, bias, out: O::any_shared(out.data_mut()), strides });
+    run_any(level, Linear { carver, x: T::any_view(x), weight, bias, out: O::any_shared(out.data_mut()), strides });
 }
 
-/// The computation for one type of activations, compiled in this crate: it is what [`Float::linear`] calls.
-pub fn linear_of<T: Float>(level: Level, call: Linear<'_, '_, T>) {
+/// The computation, compiled once, not in every crate that calls it.
+fn run_any(level: Level, call: Linear<'_, '_>) {
     dispatch(level, call);
 }
 
@@ -275,21 +275,21 @@ impl Plan {
     }
 }
 
-struct Size<'a, T> {
+struct Size<'a> {
+    activations: Dtype,
     weight: &'a PackedLinear,
     num_tokens: usize,
-    element: PhantomData<T>,
 }
 
-impl<T: Float> Kernel for Size<'_, T> {
+impl Kernel for Size<'_> {
     type Output = usize;
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) -> usize {
-        with_product::<S, T, _>(simd, self.weight.dtype, self)
+        with_product(simd, self.activations, self.weight.dtype, self)
     }
 }
 
-impl<S: Simd, T: Float> ProductKernel<S> for Size<'_, T> {
+impl<S: Simd> ProductKernel<S> for Size<'_> {
     type Output = usize;
     #[inline(always)]
     fn eval<P: Product>(self, _: S) -> usize {
@@ -298,24 +298,24 @@ impl<S: Simd, T: Float> ProductKernel<S> for Size<'_, T> {
 }
 
 /// A checked call.
-pub struct Linear<'a, 'c, T> {
+struct Linear<'a, 'c> {
     carver: &'a mut Carver<'c>,
-    x: View<'a, T, 3>,
+    x: AnyView<'a, 3>,
     weight: &'a PackedLinear,
     bias: Option<&'a [f32]>,
     out: AnyShared<'a>,
     strides: [usize; 3],
 }
 
-impl<T: Float> Kernel for Linear<'_, '_, T> {
+impl Kernel for Linear<'_, '_> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        with_product::<S, T, _>(simd, self.weight.dtype, self);
+        with_product(simd, self.x.dtype(), self.weight.dtype, self);
     }
 }
 
-impl<S: Simd, T: Float> ProductKernel<S> for Linear<'_, '_, T> {
+impl<S: Simd> ProductKernel<S> for Linear<'_, '_> {
     type Output = ();
     #[inline(always)]
     fn eval<P: Product>(self, simd: S) {
@@ -328,14 +328,14 @@ impl<S: Simd, T: Float> ProductKernel<S> for Linear<'_, '_, T> {
             let (words, sums) = unsafe {
                 (words.part(worker * plan.words_len, plan.words_len), sums.part(worker * plan.sums_len, plan.sums_len))
             };
-            simd.run(Item::<P, T> { plan: &plan, call: &call, item, words, sums });
+            simd.run(Item::<P> { plan: &plan, call: &call, item, words, sums });
         });
     }
 }
 
 /// What all items share.
-struct Call<'a, T> {
-    x: View<'a, T, 3>,
+struct Call<'a> {
+    x: AnyView<'a, 3>,
     weight: &'a PackedLinear,
     bias: Option<&'a [f32]>,
     out: AnyShared<'a>,
@@ -343,15 +343,15 @@ struct Call<'a, T> {
 }
 
 /// One block of tokens against some panels of one head.
-struct Item<'a, P: Product, T> {
+struct Item<'a, P: Product> {
     plan: &'a Plan,
-    call: &'a Call<'a, T>,
+    call: &'a Call<'a>,
     item: usize,
     words: &'a mut [P::A],
     sums: &'a mut [f32],
 }
 
-impl<P: Product, T: Float> Kernel for Item<'_, P, T> {
+impl<P: Product> Kernel for Item<'_, P> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
@@ -364,7 +364,7 @@ impl<P: Product, T: Float> Kernel for Item<'_, P, T> {
         let tokens = plan.block.min(call.x.shape()[0] - first);
         let panels = group * plan.item_panels..((group + 1) * plan.item_panels).min(plan.panels);
         let rows = HeadRows { x: call.x, first, head };
-        let mut activations = PackedRows { rows, tokens, words: self.words, element: PhantomData };
+        let mut activations = PackedRows { rows, tokens, words: self.words };
         let mut store = Store { call, first, head };
         let weights = call.weight.panels::<P::W>(head);
         multiply::<S, P>(
@@ -383,27 +383,27 @@ impl<P: Product, T: Float> Kernel for Item<'_, P, T> {
 }
 
 /// Rows of one head from a first token.
-struct HeadRows<'a, T> {
-    x: View<'a, T, 3>,
+struct HeadRows<'a> {
+    x: AnyView<'a, 3>,
     first: usize,
     head: usize,
 }
 
-impl<T: Float> Rows<T> for HeadRows<'_, T> {
+impl Rows for HeadRows<'_> {
     #[inline(always)]
-    fn row(&self, index: usize) -> &[T] {
+    fn row(&self, index: usize) -> AnyRow<'_> {
         self.x.row(&[self.first + index, self.head])
     }
 }
 
 /// Bias and rounding.
-struct Store<'a, T> {
-    call: &'a Call<'a, T>,
+struct Store<'a> {
+    call: &'a Call<'a>,
     first: usize,
     head: usize,
 }
 
-impl<S: Simd, T: Float> Epilogue<S> for Store<'_, T> {
+impl<S: Simd> Epilogue<S> for Store<'_> {
     #[inline(always)]
     fn tile(&mut self, simd: S, panel: usize, tile: TileSpan, c: &mut [f32]) {
         let call = self.call;

@@ -103,6 +103,6 @@ pub fn mla_project_value<T: Float>(
 
 /// Workspace of [`mla_absorb_query`] and [`mla_project_value`] for activations `T`, in the thread pool of the caller.
 pub fn mla_workspace_bytes<T: Float>(cpu: &Cpu, kv_b: &PackedMla, num_tokens: usize) -> usize {
-    let bytes = |weight| linear_bytes::<T>(cpu.level, weight, num_tokens);
+    let bytes = |weight| linear_bytes(cpu.level, T::DTYPE, weight, num_tokens);
     bytes(&kv_b.absorb).max(bytes(&kv_b.project))
 }

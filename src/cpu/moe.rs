@@ -199,13 +199,12 @@ fn workspace_bytes<T: Float>(
     asks_router: bool,
     keeps_routing: bool,
 ) -> usize {
-    let gate = weights
-        .shared_gate
-        .as_ref()
-        .map_or(0, |gate| part_bytes::<f32>(num_tokens).saturating_add(linear_bytes::<T>(cpu.level, gate, num_tokens)));
+    let gate = weights.shared_gate.as_ref().map_or(0, |gate| {
+        part_bytes::<f32>(num_tokens).saturating_add(linear_bytes(cpu.level, T::DTYPE, gate, num_tokens))
+    });
     let always = weights.shared.as_ref().map(PackedFfn::as_experts);
     let mut bytes =
-        experts_bytes::<T>(cpu.level, Some((&weights.experts, slots)), always, num_tokens).saturating_add(gate);
+        experts_bytes(cpu.level, T::DTYPE, Some((&weights.experts, slots)), always, num_tokens).saturating_add(gate);
     if asks_router {
         let router = &spec.router;
         let logits = part_bytes::<f32>(num_tokens.saturating_mul(router.num_experts));

@@ -1,8 +1,5 @@
 //! Work shared by the threads of the caller's rayon pool, in items that any thread may take.
 
-use super::float::Float;
-use super::simd::Simd;
-use half::{bf16, f16};
 use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,6 +21,11 @@ pub fn workers_for(items: usize) -> usize {
 /// item differs from run to run; results must not depend on it. With one worker this is a plain loop on this thread. A panic
 /// in an item reaches the caller once the other workers are done with theirs.
 pub fn run(items: usize, work: impl Fn(usize, usize) + Sync) {
+    run_any(items, &work);
+}
+
+/// [`run`], compiled once: the machinery of the thread pool is larger than most of the loops that use it.
+fn run_any(items: usize, work: &(dyn Fn(usize, usize) + Sync)) {
     let workers = workers_for(items);
     if workers <= 1 {
         for item in 0..items {
@@ -97,40 +99,6 @@ impl<'a, T> Shared<'a, T> {
         // SAFETY: `at + len <= self.len` was asserted, `start` points to `self.len` values borrowed for 'a, and the caller
         // keeps parts disjoint.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
-    }
-}
-
-/// A [`Shared`] slice of any element type: what is written in one place in the library, whatever the caller's type.
-#[derive(Clone, Copy)]
-pub enum AnyShared<'a> {
-    F32(Shared<'a, f32>),
-    Bf16(Shared<'a, bf16>),
-    F16(Shared<'a, f16>),
-}
-
-impl AnyShared<'_> {
-    /// Writes `len` values from `at`, rounded once; `values` has at least as many, in whole vectors.
-    ///
-    /// # Safety
-    /// As [`Shared::part`] for these values.
-    #[inline(always)]
-    pub unsafe fn store<S: Simd>(self, simd: S, at: usize, len: usize, values: &[f32]) {
-        // SAFETY: the caller keeps parts disjoint.
-        unsafe {
-            match self {
-                AnyShared::F32(out) => store_all(simd, out.part(at, len), values),
-                AnyShared::Bf16(out) => store_all(simd, out.part(at, len), values),
-                AnyShared::F16(out) => store_all(simd, out.part(at, len), values),
-            }
-        }
-    }
-}
-
-// Not a closure per vector: one that is called from three places is not inlined into the code of the level.
-#[inline(always)]
-fn store_all<S: Simd, O: Float>(simd: S, out: &mut [O], values: &[f32]) {
-    for at in (0..out.len()).step_by(S::LANES) {
-        O::store_partial(simd, &mut out[at..], simd.load(&values[at..]));
     }
 }
 

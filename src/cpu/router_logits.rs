@@ -6,6 +6,7 @@ use super::simd::Simd;
 use super::workspace::{Carver, part_bytes};
 use super::{Cpu, Float, Level, PackedLinear};
 use crate::args::check_router_logits;
+use crate::element::Dtype;
 use crate::error::{Error, Result};
 use crate::spec::Router;
 use crate::view::{View, ViewMut};
@@ -74,9 +75,13 @@ pub fn router_logits_workspace_bytes<T: Float>(
     num_tokens: usize,
 ) -> usize {
     match spec.jitter {
-        None => linear_bytes::<T>(cpu.level, weight, num_tokens),
-        Some(_) => part_bytes::<f32>(num_tokens.saturating_mul(weight.inputs()))
-            .saturating_add(linear_bytes::<f32>(cpu.level, weight, num_tokens)),
+        None => linear_bytes(cpu.level, T::DTYPE, weight, num_tokens),
+        Some(_) => part_bytes::<f32>(num_tokens.saturating_mul(weight.inputs())).saturating_add(linear_bytes(
+            cpu.level,
+            Dtype::F32,
+            weight,
+            num_tokens,
+        )),
     }
 }
 

@@ -5,17 +5,15 @@ use super::packed::PackedExperts;
 use super::plan::{GroupPlan, Plan, Sizes};
 use super::sort::{Block, RawBlock, cut_blocks, sort_assignments};
 use crate::args::Routing;
-use crate::cpu::float::Float;
+use crate::cpu::any::{AnyRow, AnyShared, AnyView};
 use crate::cpu::gemm::pack::{PackedRows, Rows, transpose};
 use crate::cpu::gemm::product::{Product, ProductKernel, with_product};
 use crate::cpu::gemm::{Activations, Epilogue, MAX_TILE, PANEL, TileSpan, multiply, padded_rows};
-use crate::cpu::parallel::{self, AnyShared, Shared};
+use crate::cpu::parallel::{self, Shared};
 use crate::cpu::simd::{Kernel, Simd};
 use crate::cpu::workspace::Carver;
 use crate::element::Dtype;
 use crate::spec::{ExpertFfn, WeightOn};
-use crate::view::View;
-use std::marker::PhantomData;
 use std::ops::Range;
 
 /// The routed experts of a call.
@@ -35,15 +33,15 @@ pub struct Always<'a> {
 }
 
 /// `out[t] = combine_scale * sum_k w FFN_e(x[t]) + factor[t] * FFN_always(x[t])`
-pub struct Call<'a, T> {
-    pub hidden: View<'a, T, 2>,
+pub struct Call<'a> {
+    pub hidden: AnyView<'a, 2>,
     pub routed: Option<Routed<'a>>,
     pub always: Option<Always<'a>>,
     pub out: AnyShared<'a>,
     pub out_stride: usize,
 }
 
-impl<'a, T: Float> Call<'a, T> {
+impl<'a> Call<'a> {
     fn sizes(&self) -> [Option<Sizes<'a>>; 2] {
         [
             self.routed.map(|r| Sizes { experts: r.experts, slots: r.routing.topk_ids.shape()[1] }),
@@ -58,22 +56,22 @@ fn dtype(sizes: &[Option<Sizes<'_>>; 2]) -> Dtype {
 }
 
 /// Bytes of workspace.
-pub struct Size<'a, T> {
+pub struct Size<'a> {
+    pub activations: Dtype,
     pub num_tokens: usize,
     pub hidden_size: usize,
     pub sizes: [Option<Sizes<'a>>; 2],
-    pub element: PhantomData<T>,
 }
 
-impl<T: Float> Kernel for Size<'_, T> {
+impl Kernel for Size<'_> {
     type Output = usize;
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) -> usize {
-        with_product::<S, T, _>(simd, dtype(&self.sizes), self)
+        with_product(simd, self.activations, dtype(&self.sizes), self)
     }
 }
 
-impl<S: Simd, T: Float> ProductKernel<S> for Size<'_, T> {
+impl<S: Simd> ProductKernel<S> for Size<'_> {
     type Output = usize;
     #[inline(always)]
     fn eval<P: Product>(self, _: S) -> usize {
@@ -83,16 +81,16 @@ impl<S: Simd, T: Float> ProductKernel<S> for Size<'_, T> {
 }
 
 /// The whole call.
-pub struct Run<'a, 'c, T> {
+pub struct Run<'a, 'c> {
     pub carver: &'a mut Carver<'c>,
-    pub call: Call<'a, T>,
+    pub call: Call<'a>,
 }
 
-impl<T: Float> Kernel for Run<'_, '_, T> {
+impl Kernel for Run<'_, '_> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        with_product::<S, T, _>(simd, dtype(&self.call.sizes()), self);
+        with_product(simd, self.call.hidden.dtype(), dtype(&self.call.sizes()), self);
     }
 }
 
@@ -120,7 +118,7 @@ impl<A> Group<'_, A> {
     }
 }
 
-impl<S: Simd, T: Float> ProductKernel<S> for Run<'_, '_, T> {
+impl<S: Simd> ProductKernel<S> for Run<'_, '_> {
     type Output = ();
     #[inline(always)]
     fn eval<P: Product>(self, simd: S) {
@@ -186,7 +184,7 @@ impl<S: Simd, T: Float> ProductKernel<S> for Run<'_, '_, T> {
                 };
                 let (group, item) = if item < items[0] { (&groups[0], item) } else { (&groups[1], item - items[0]) };
                 let Some(group) = group else { return };
-                simd.run(UpItem::<P, T> { group, hidden: call.hidden, chunk: chunk.clone(), item, words, sums });
+                simd.run(UpItem::<P> { group, hidden: call.hidden, chunk: chunk.clone(), item, words, sums });
             });
             let panels = hidden_size.div_ceil(PANEL);
             parallel::run(panels.div_ceil(plan.down_panels), |worker, item| {
@@ -200,23 +198,23 @@ impl<S: Simd, T: Float> ProductKernel<S> for Run<'_, '_, T> {
                 let panels = item * plan.down_panels..((item + 1) * plan.down_panels).min(panels);
                 let scale = call.routed.map_or(1.0, |routed| routed.spec.combine_scale as f32);
                 let (chunk, call, groups) = (chunk.clone(), &call, &groups);
-                simd.run(DownItem::<P, T> { groups, call, chunk, panels, scale, sums, totals });
+                simd.run(DownItem::<P> { groups, call, chunk, panels, scale, sums, totals });
             });
         }
     }
 }
 
 /// First pass: one block of assignments against some panels of gate and up.
-struct UpItem<'a, P: Product, T> {
+struct UpItem<'a, P: Product> {
     group: &'a Group<'a, P::A>,
-    hidden: View<'a, T, 2>,
+    hidden: AnyView<'a, 2>,
     chunk: Range<usize>,
     item: usize,
     words: &'a mut [P::A],
     sums: &'a mut [f32],
 }
 
-impl<P: Product, T: Float> Kernel for UpItem<'_, P, T> {
+impl<P: Product> Kernel for UpItem<'_, P> {
     type Output = ();
 
     #[inline(always)]
@@ -227,7 +225,7 @@ impl<P: Product, T: Float> Kernel for UpItem<'_, P, T> {
         let first_panel = self.item / group.blocks.len() * plan.up_panels;
         let panels = first_panel..(first_panel + plan.up_panels).min(plan.panels.up);
         let rows = Gather { hidden: self.hidden, start: self.chunk.start, group, first: block.first };
-        let mut activations = PackedRows { rows, tokens: block.len, words: self.words, element: PhantomData };
+        let mut activations = PackedRows { rows, tokens: block.len, words: self.words };
         let mut epilogue = StoreInner::<P> { group, block };
         multiply::<S, P>(
             simd,
@@ -245,16 +243,16 @@ impl<P: Product, T: Float> Kernel for UpItem<'_, P, T> {
 }
 
 /// The tokens of a block.
-struct Gather<'a, T, A> {
-    hidden: View<'a, T, 2>,
+struct Gather<'a, A> {
+    hidden: AnyView<'a, 2>,
     start: usize,
     group: &'a Group<'a, A>,
     first: usize,
 }
 
-impl<T: Float, A: Send + Sync> Rows<T> for Gather<'_, T, A> {
+impl<A: Send + Sync> Rows for Gather<'_, A> {
     #[inline(always)]
-    fn row(&self, index: usize) -> &[T] {
+    fn row(&self, index: usize) -> AnyRow<'_> {
         self.hidden.row(&[self.start + self.group.token(self.first + index)])
     }
 }
@@ -304,9 +302,9 @@ impl<S: Simd, P: Product> Epilogue<S> for StoreInner<'_, P> {
 }
 
 /// Second pass: all experts, in ascending order, against some panels of down; these columns of all tokens belong to the item.
-struct DownItem<'a, P: Product, T> {
+struct DownItem<'a, P: Product> {
     groups: &'a [Option<Group<'a, P::A>>; 2],
-    call: &'a Call<'a, T>,
+    call: &'a Call<'a>,
     chunk: Range<usize>,
     panels: Range<usize>,
     scale: f32,
@@ -314,7 +312,7 @@ struct DownItem<'a, P: Product, T> {
     totals: &'a mut [f32],
 }
 
-impl<P: Product, T: Float> Kernel for DownItem<'_, P, T> {
+impl<P: Product> Kernel for DownItem<'_, P> {
     type Output = ();
 
     #[inline(always)]

@@ -2,6 +2,7 @@
 
 use super::product::Product;
 use super::{Activations, MAX_TILE, PANEL, TileSpan, num_panels, tiles};
+use crate::cpu::any::AnyRow;
 use crate::cpu::float::Float;
 use crate::cpu::simd::Simd;
 use crate::element::Dtype;
@@ -58,30 +59,28 @@ pub fn pack_panel_transposed<'a, W: Float>(k: usize, row: impl Fn(usize) -> &'a 
 }
 
 /// Rows of activations, by their number in the block.
-pub trait Rows<T>: Sync {
+pub trait Rows: Sync {
     /// The whole row.
-    fn row(&self, index: usize) -> &[T];
+    fn row(&self, index: usize) -> AnyRow<'_>;
 }
 
 /// Packs rows of the caller's array as the steps of k come up.
-pub struct PackedRows<'a, P: Product, T, R> {
+pub struct PackedRows<'a, P: Product, R> {
     /// The rows.
     pub rows: R,
     /// Tokens of the block.
     pub tokens: usize,
     /// Room for the padded rows of the block times the words of a block of k.
     pub words: &'a mut [P::A],
-    /// Element type of the rows.
-    pub element: std::marker::PhantomData<T>,
 }
 
-impl<S: Simd, P: Product, T: Float, R: Rows<T>> Activations<S, P> for PackedRows<'_, P, T, R> {
+impl<S: Simd, P: Product, R: Rows> Activations<S, P> for PackedRows<'_, P, R> {
     #[inline(always)]
     fn prepare(&mut self, simd: S, steps: Range<usize>) {
         let words = steps.start * P::A_WORDS..steps.end * P::A_WORDS;
         for tile in tiles(S::TILE_TOKENS, self.tokens) {
             let out = &mut self.words[tile.row * words.len()..][..tile.rows * words.len()];
-            pack_tile::<S, P, T>(simd, |i| self.rows.row(tile.token + i), tile, words.clone(), out);
+            pack_tile::<S, P>(simd, |i| self.rows.row(tile.token + i), tile, words.clone(), out);
         }
     }
     #[inline(always)]
@@ -96,9 +95,9 @@ const CHUNK: usize = 16;
 
 /// `out[word][row]` from rows of the caller's array.
 #[inline(always)]
-fn pack_tile<'a, S: Simd, P: Product, T: Float>(
+fn pack_tile<'a, S: Simd, P: Product>(
     simd: S,
-    row: impl Fn(usize) -> &'a [T],
+    row: impl Fn(usize) -> AnyRow<'a>,
     tile: TileSpan,
     words: Range<usize>,
     out: &mut [P::A],

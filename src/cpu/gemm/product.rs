@@ -8,6 +8,7 @@
 //! | [`Bf16Dot`] | bf16 | bf16 | two k, one instruction; subnormals count as zero |
 
 use super::PANEL;
+use crate::cpu::any::AnyRow;
 use crate::cpu::float::Float;
 use crate::cpu::simd::Simd;
 use crate::element::Dtype;
@@ -32,7 +33,7 @@ pub trait Product: Send + Sync + 'static {
     fn step<S: Simd, const M: usize>(simd: S, acc: &mut [[S::F32; 2]; M], a: &[Self::A], w: &[Self::W], output: usize);
 
     /// The words of one token for some of k (`k.start` at a step); words past the end of the row's k are 0.
-    fn words<S: Simd, T: Float>(simd: S, row: &[T], words: Range<usize>, out: &mut [Self::A]);
+    fn words<S: Simd>(simd: S, row: AnyRow<'_>, words: Range<usize>, out: &mut [Self::A]);
 
     /// Writes words from f32 values, `STEP_K / A_WORDS` values to a word: `out.len()` words.
     fn words_from_f32<S: Simd>(simd: S, values: &[f32], out: &mut [Self::A]);
@@ -57,6 +58,15 @@ fn widen<S: Simd, T: Float>(simd: S, row: &[T], words: Range<usize>, out: &mut [
     out[from.len()..words.len()].fill(0.0);
 }
 
+#[inline(always)]
+fn widen_any<S: Simd>(simd: S, row: AnyRow<'_>, words: Range<usize>, out: &mut [f32]) {
+    match row {
+        AnyRow::F32(row) => widen(simd, row, words, out),
+        AnyRow::Bf16(row) => widen(simd, row, words, out),
+        AnyRow::F16(row) => widen(simd, row, words, out),
+    }
+}
+
 /// f32 weights.
 pub struct F32;
 
@@ -72,8 +82,8 @@ impl Product for F32 {
         add_products(simd, acc, &a[..M], w);
     }
     #[inline(always)]
-    fn words<S: Simd, T: Float>(simd: S, row: &[T], words: Range<usize>, out: &mut [f32]) {
-        widen(simd, row, words, out);
+    fn words<S: Simd>(simd: S, row: AnyRow<'_>, words: Range<usize>, out: &mut [f32]) {
+        widen_any(simd, row, words, out);
     }
     #[inline(always)]
     fn words_from_f32<S: Simd>(_: S, values: &[f32], out: &mut [f32]) {
@@ -106,8 +116,8 @@ impl Product for F16 {
         add_products(simd, acc, &a[..M], w);
     }
     #[inline(always)]
-    fn words<S: Simd, T: Float>(simd: S, row: &[T], words: Range<usize>, out: &mut [f32]) {
-        widen(simd, row, words, out);
+    fn words<S: Simd>(simd: S, row: AnyRow<'_>, words: Range<usize>, out: &mut [f32]) {
+        widen_any(simd, row, words, out);
     }
     #[inline(always)]
     fn words_from_f32<S: Simd>(_: S, values: &[f32], out: &mut [f32]) {
@@ -131,8 +141,8 @@ impl Product for Bf16Wide {
         add_products(simd, acc, &a[M..2 * M], [simd.odd(w[0]), simd.odd(w[1])]);
     }
     #[inline(always)]
-    fn words<S: Simd, T: Float>(simd: S, row: &[T], words: Range<usize>, out: &mut [f32]) {
-        widen(simd, row, words, out);
+    fn words<S: Simd>(simd: S, row: AnyRow<'_>, words: Range<usize>, out: &mut [f32]) {
+        widen_any(simd, row, words, out);
     }
     #[inline(always)]
     fn words_from_f32<S: Simd>(_: S, values: &[f32], out: &mut [f32]) {
@@ -173,8 +183,8 @@ impl Product for Bf16Dot {
         }
     }
     #[inline(always)]
-    fn words<S: Simd, T: Float>(_: S, row: &[T], words: Range<usize>, out: &mut [u32]) {
-        assert_eq!(T::DTYPE, Dtype::BF16, "pairs are made from bf16");
+    fn words<S: Simd>(_: S, row: AnyRow<'_>, words: Range<usize>, out: &mut [u32]) {
+        let AnyRow::Bf16(row) = row else { unreachable!("pairs are made from bf16") };
         let bits: &[u16] = bytemuck::cast_slice(row);
         let from = &bits[(2 * words.start).min(bits.len())..(2 * words.end).min(bits.len())];
         let pair = |low: u16, high: u16| u32::from(low) | u32::from(high) << 16;
@@ -209,16 +219,11 @@ pub trait ProductKernel<S: Simd> {
     fn eval<P: Product>(self, simd: S) -> Self::Output;
 }
 
-/// Whether weights of a type and activations `T` are multiplied as pairs of bf16.
-pub const fn uses_dot<S: Simd, T: Float>(weights: Dtype) -> bool {
-    S::HAS_DOT_BF16 && matches!((T::DTYPE, weights), (Dtype::BF16, Dtype::BF16))
-}
-
-/// Runs a kernel with the product for activations `T` and weights of a type.
+/// Runs a kernel with the product for activations and weights of these types.
 #[inline(always)]
-pub fn with_product<S: Simd, T: Float, K: ProductKernel<S>>(simd: S, weights: Dtype, kernel: K) -> K::Output {
+pub fn with_product<S: Simd, K: ProductKernel<S>>(simd: S, activations: Dtype, weights: Dtype, kernel: K) -> K::Output {
     match weights {
-        Dtype::BF16 if uses_dot::<S, T>(weights) => kernel.eval::<Bf16Dot>(simd),
+        Dtype::BF16 if S::HAS_DOT_BF16 && activations == Dtype::BF16 => kernel.eval::<Bf16Dot>(simd),
         Dtype::BF16 => kernel.eval::<Bf16Wide>(simd),
         Dtype::F16 => kernel.eval::<F16>(simd),
         // Packing takes nothing but the three types.
