@@ -39,7 +39,8 @@ findings! {
     SharedRace: false,
     /// Two blocks, or two lanes of one store, write one byte of global memory without atomics and without synchronisation.
     GlobalWriteConflict: false,
-    /// A block reads what another block of the launch wrote, without synchronisation.
+    /// A block reads what another block of the launch wrote, or two warps of a block access one byte and one of them writes it,
+    /// without synchronisation.
     GlobalRace: false,
     /// `ld.global.nc` on data that this launch writes.
     ReadOnlyWritten: false,

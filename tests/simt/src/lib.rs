@@ -18,6 +18,7 @@ mod op;
 mod ptx;
 pub mod runner;
 mod sched;
+mod shadow;
 mod sim;
 mod state;
 mod window;

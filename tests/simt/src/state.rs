@@ -2,13 +2,14 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
-use crate::clock::{Clock, Shared, Tag};
+use crate::clock::{Clock, Tag};
 use crate::counters::Counters;
 use crate::finding::{Finding, Found, Mode};
 use crate::global::Global;
 use crate::model::approx::Approx;
 use crate::model::mma::{Numerics, Scratch};
 use crate::op::{Kernel, Lanes, PredSrc, Reg, Space, Special, Src};
+use crate::shadow::{GlobalShadow, Shared};
 use crate::window;
 
 /// Everything a launch is told.
@@ -279,6 +280,8 @@ pub(crate) struct Cluster {
     pub parties: Vec<Party>,
     /// Clocks released at shared or global addresses.
     pub sync: HashMap<u64, Clock>,
+    /// Who touched which global memory.
+    pub global: GlobalShadow,
     pub running: usize,
     pub hopper: crate::hopper::ClusterState,
 }
@@ -356,6 +359,7 @@ impl Cluster {
             ctas: vec![],
             parties: vec![],
             sync: HashMap::new(),
+            global: GlobalShadow::default(),
             running: 0,
             hopper: crate::hopper::ClusterState::default(),
         };

@@ -20,7 +20,9 @@ pub(super) fn issue(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, op: &Op, mask: 
         return;
     }
     let kernel = cx.kernel;
-    let (warp, cta, parties) = memory::parts(cl, w);
+    let Cluster { warps, ctas, parties, global, .. } = cl;
+    let warp = &mut warps[w];
+    let cta = &mut ctas[warp.cta];
     let site = warp.site();
     let n = usize::from(*bytes);
     let targets = memory::addresses(cx, warp, *dst, mask);
@@ -54,6 +56,7 @@ pub(super) fn issue(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, op: &Op, mask: 
     }
     for i in lanes(mask) {
         let at = targets[i] as usize;
+        let tag = Tag::new(warp.component + 1, warp.cp_seq[i]);
         if !memory::shared_bounds(cx, site, i, targets[i], n, cta.shared.data.len()) {
             return;
         }
@@ -70,9 +73,10 @@ pub(super) fn issue(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, op: &Op, mask: 
                 if cx.dead {
                     return;
                 }
+            } else if let Some(clash) = global.read(sources[i], amounts[i], tag, &warp.clock, false) {
+                memory::global_race(cx, site, parties, i, sources[i], clash, "read");
             }
         }
-        let tag = Tag::new(warp.component + 1, warp.cp_seq[i]);
         if let Some((byte, clash)) = cta.shared.write(at, n, tag, &warp.clock, None) {
             let (finding, values) = clash_finding(parties, clash, byte, true);
             cx.report(site, Some(i as u32), finding, values);

@@ -1,11 +1,12 @@
 //! Loads, stores, atomics and fences (PTX ISA 8, 9.7.9.8 to 9.7.9.12, 9.7.13.5, 9.7.13.6).
 
 use super::{check, check_owner};
-use crate::clock::{Clash, Clock};
+use crate::clock::Clock;
 use crate::finding::Finding;
 use crate::global::GlobalFault;
 use crate::model::float::{self, BF16, F16, F32, Mods, RN};
 use crate::op::{Access, Addr, Atom, AtomOp, AtomType, Lanes, Order, Space, Src};
+use crate::shadow::Clash;
 use crate::state::{Cluster, Cta, Cx, Party, Site, Warp, resolve, shared_target};
 use crate::window;
 
@@ -154,6 +155,27 @@ pub(crate) fn global_fault(cx: &mut Cx<'_>, site: Site, lane: usize, address: u6
     cx.report(site, Some(lane as u32), finding, values);
 }
 
+/// Reports a race in global memory between warps of one cluster.
+#[cold]
+pub(crate) fn global_race(
+    cx: &mut Cx<'_>,
+    site: Site,
+    parties: &[Party],
+    lane: usize,
+    address: u64,
+    clash: Clash,
+    me: &str,
+) {
+    let (tag, what) = match clash {
+        Clash::Write(tag) | Clash::Unfenced(tag) => (tag, "write"),
+        Clash::Read(tag) => (tag, "read"),
+        Clash::Uninit => return,
+    };
+    let by = parties[tag.component() as usize];
+    let values = format!("{me} at global address {address:#x}, not ordered after a {what} by {by}");
+    cx.report(site, Some(lane as u32), Finding::GlobalRace, values);
+}
+
 /// The key of an address in the map of releases.
 fn sync_key(place: Place) -> u64 {
     match place {
@@ -255,7 +277,7 @@ pub(super) fn load(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, access: &Access,
     if mask == 0 {
         return;
     }
-    let Cluster { warps, ctas, parties, sync, .. } = cl;
+    let Cluster { warps, ctas, parties, sync, global, .. } = cl;
     let warp = &mut warps[w];
     let raw = addresses(cx, warp, access.addr, mask);
     let size = usize::from(access.bytes);
@@ -282,6 +304,8 @@ pub(super) fn load(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, access: &Access,
                 let result = cx.global.read(at, data, cta.linear, strong, access.read_only, |b| cta.known.contains(&b));
                 if let Err(fault) = result {
                     global_fault(cx, site, lane, at, total, fault);
+                } else if let Some(clash) = global.read(at, total, tag, &warp.clock, strong) {
+                    global_race(cx, site, parties, lane, at, clash, "read");
                 }
             }
             Place::Local(at) => {
@@ -333,7 +357,7 @@ pub(super) fn store(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, access: &Access
     if mask == 0 {
         return;
     }
-    let Cluster { warps, ctas, parties, sync, .. } = cl;
+    let Cluster { warps, ctas, parties, sync, global, .. } = cl;
     let warp = &mut warps[w];
     let kernel = cx.kernel;
     let raw = addresses(cx, warp, access.addr, mask);
@@ -371,7 +395,11 @@ pub(super) fn store(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, access: &Access
                 }
                 let cta = &ctas[warp.cta];
                 match cx.global.write(at, data, cta.linear, strong, |b| cta.known.contains(&b)) {
-                    Ok(()) => {}
+                    Ok(()) => {
+                        if let Some(clash) = global.write(at, total, tag, &warp.clock) {
+                            global_race(cx, site, parties, lane, at, clash, "write");
+                        }
+                    }
                     Err(GlobalFault::Foreign(block)) => {
                         let values = format!("address {at:#x} was written by block number {block} too");
                         cx.report(site, Some(lane as u32), Finding::GlobalWriteConflict, values);
@@ -492,7 +520,7 @@ pub(super) fn atomic(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, atom: &Atom, m
     if mask == 0 {
         return;
     }
-    let Cluster { warps, ctas, parties, sync, .. } = cl;
+    let Cluster { warps, ctas, parties, sync, global, .. } = cl;
     let warp = &mut warps[w];
     let kernel = cx.kernel;
     let raw = addresses(cx, warp, atom.addr, mask);
@@ -542,6 +570,10 @@ pub(super) fn atomic(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, atom: &Atom, m
                 let new = apply(atom.op, atom.ty, atom.bytes, out[lane], b, c, true).to_le_bytes();
                 if let Err(fault) = cx.global.write(at, &new[..size], cta.linear, true, known) {
                     global_fault(cx, site, lane, at, size, fault);
+                }
+                let clash = global.read(at, size, tag, &warp.clock, true);
+                if let Some(clash) = clash.or(global.write(at, size, tag, &warp.clock)) {
+                    global_race(cx, site, parties, lane, at, clash, "atomic");
                 }
             }
             Place::Local(_) | Place::Param(_) => {
