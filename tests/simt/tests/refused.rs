@@ -53,7 +53,7 @@ fn messages() {
         ("sm_80", "ld.global.v2.u32 a, [d];", "registers in braces"),
         ("sm_80", "ld.shared.nc.u32 a, [buf];", "`.nc` needs `.global`"),
         ("sm_80", "cp.async.cg.shared.global [a], [d], 8;", "copies 16 bytes"),
-        ("sm_80", "barrier.sync 0;", "lacks a modifier"),
+        ("sm_80", "barrier.aligned.sync 0;", "does not take modifier `.aligned` there"),
         ("sm_80", "mbarrier.try_wait.parity.shared.b64 p, [a], 0;", "needs sm_90"),
         ("sm_80", "mbarrier.arrive.shared.b64 _, [a], 2;", "`mbarrier.arrive with a count` needs sm_90"),
         ("sm_80", "cp.async.bulk.commit_group;", "needs sm_90"),

@@ -151,6 +151,8 @@ fn barriers(all: &mut Vec<Form>) {
         ("bar_sync", "sm_80", "bar.sync 1;"),
         ("bar_cta_sync", "sm_80", "bar.cta.sync 2, 128;"),
         ("barrier_sync_aligned", "sm_80", "barrier.sync.aligned 3;"),
+        ("barrier_sync", "sm_80", "barrier.sync 3;"),
+        ("barrier_cta_sync", "sm_80", "barrier.cta.sync 9, 128;"),
         ("barrier_cta_sync_aligned", "sm_80", "barrier.cta.sync.aligned 15, 128;"),
         ("bar_sync_register", "sm_80", ".reg .b32 id;\nmov.u32 id, 5;\nbar.sync id, 128;"),
     ] {
@@ -169,7 +171,8 @@ fn barriers(all: &mut Vec<Form>) {
         ("bar_arrive", "bar.arrive 4, 128", "bar.sync 4, 128"),
         ("barrier_arrive_aligned", "barrier.cta.arrive.aligned 4, 128", "bar.cta.sync 4, 128"),
         ("bar_cta_arrive", "bar.cta.arrive 4, 128", "barrier.sync.aligned 4, 128"),
-        ("barrier_arrive", "barrier.arrive.aligned 4, 128", "bar.sync 4, 128"),
+        ("barrier_aligned_arrive", "barrier.arrive.aligned 4, 128", "bar.sync 4, 128"),
+        ("barrier_arrive", "barrier.arrive 4, 128", "barrier.sync 4, 128"),
     ] {
         let body = format!(
             ".shared .align 4 .b8 smem[512];\n.reg .b32 p, q;\n.reg .pred low;\nmov.u32 p, smem;\nmad.lo.u32 q, tid, 4, p;\nsetp.lt.u32 low, tid, 64;\n\
@@ -182,19 +185,29 @@ fn barriers(all: &mut Vec<Form>) {
         form.threads = 128;
         all.push(form);
     }
-    for (op, red) in
-        [("bar.red", ""), ("bar.cta.red", ""), ("barrier.red", ".aligned"), ("barrier.cta.red", ".aligned")]
-    {
+    for (op, red) in [
+        ("bar.red", ""),
+        ("bar.cta.red", ""),
+        ("barrier.red", ""),
+        ("barrier.red", ".aligned"),
+        ("barrier.cta.red", ".aligned"),
+    ] {
         for n in [2, 200] {
             let body = format!(
                 ".reg .pred p, q;\nsetp.ne.u32 p, a0, 0;\n{op}.popc{red}.u32 d0, 0, p;\n{op}.and{red}.pred q, 0, p;\nselp.u32 d1, 1, 0, q;\n\
                  {op}.or{red}.pred q, 0, !p;\nselp.u32 d2, 1, 0, q;"
             );
-            let mut form =
-                block(format!("{}_{n}", ident(op)), "sm_80", &[(32, Domain::Below(n))], &[32; 3], body, |v| {
+            let mut form = block(
+                format!("{}_{n}", ident(&format!("{op}{red}"))),
+                "sm_80",
+                &[(32, Domain::Below(n))],
+                &[32; 3],
+                body,
+                |v| {
                     let count = v[0].iter().filter(|&&x| x != 0).count() as u64;
                     vec![vec![count; 128], vec![u64::from(count == 128); 128], vec![u64::from(count < 128); 128]]
-                });
+                },
+            );
             form.threads = 128;
             all.push(form);
         }
