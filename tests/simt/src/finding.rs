@@ -2,8 +2,19 @@
 
 use crate::counters::Counters;
 
+/// What a finding means for the run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Severity {
+    /// Worth a look; a report with nothing else is clean.
+    Note,
+    /// The kernel is wrong.
+    Fault,
+    /// The kernel is wrong, and the run stops there, because what follows would mean nothing.
+    Fatal,
+}
+
 macro_rules! findings {
-    ($($(#[$doc:meta])* $name:ident: $fatal:literal,)*) => {
+    ($($(#[$doc:meta])* $name:ident: $severity:ident,)*) => {
         /// A kind of fault. Every kind has a kernel in the tests that has the fault, and a twin that has not.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum Finding {
@@ -14,10 +25,10 @@ macro_rules! findings {
             /// Every kind.
             pub const ALL: &'static [Finding] = &[$(Finding::$name),*];
 
-            /// Whether the run stops there, because what follows would mean nothing.
-            pub const fn is_fatal(self) -> bool {
+            /// How bad it is.
+            pub const fn severity(self) -> Severity {
                 match self {
-                    $(Finding::$name => $fatal,)*
+                    $(Finding::$name => Severity::$severity,)*
                 }
             }
         }
@@ -26,60 +37,64 @@ macro_rules! findings {
 
 findings! {
     /// An access outside every buffer, the shared memory of the block, local memory or the parameters.
-    OutOfBounds: true,
+    OutOfBounds: Fatal,
     /// An address that is not a multiple of the access size (or of what the instruction asks for).
-    Misaligned: true,
+    Misaligned: Fatal,
     /// A register is read that nothing wrote.
-    UninitRegister: false,
+    UninitRegister: Fault,
     /// Shared memory is read that nothing wrote.
-    UninitShared: false,
+    UninitShared: Fault,
     /// Global or local memory is read that neither host nor kernel wrote.
-    UninitGlobal: false,
-    /// Two accesses to one byte of shared memory, at least one a write, that nothing orders.
-    SharedRace: false,
-    /// Two blocks, or two lanes of one store, write one byte of global memory without atomics and without synchronisation.
-    GlobalWriteConflict: false,
+    UninitGlobal: Fault,
+    /// Two accesses to one byte of shared memory, at least one a write, that nothing orders; or two lanes of one store that
+    /// write different values to it.
+    SharedRace: Fault,
+    /// Two blocks write one byte of global memory without atomics and without synchronisation, or two lanes of one store write
+    /// different values to it.
+    GlobalWriteConflict: Fault,
     /// A block reads what another block of the launch wrote, or two warps of a block access one byte and one of them writes it,
     /// without synchronisation.
-    GlobalRace: false,
+    GlobalRace: Fault,
     /// `ld.global.nc` on data that this launch writes.
-    ReadOnlyWritten: false,
+    ReadOnlyWritten: Fault,
     /// Data of an asynchronous copy is read before it was waited for.
-    AsyncReadTooEarly: false,
+    AsyncReadTooEarly: Fault,
     /// Memory that an asynchronous operation still reads or writes is written.
-    AsyncOverwrite: false,
+    AsyncOverwrite: Fault,
     /// Data written by ordinary stores is used by the asynchronous proxy without `fence.proxy.async`.
-    MissingProxyFence: false,
+    MissingProxyFence: Fault,
     /// `wgmma` uses registers written since the last `wgmma.fence`.
-    MissingWgmmaFence: false,
+    MissingWgmmaFence: Fault,
     /// A register that a `wgmma` in flight owns is read or written.
-    AccumulatorInFlight: false,
+    AccumulatorInFlight: Fault,
     /// A `.sync` or `.aligned` instruction that not all lanes it names execute together.
-    DivergentCollective: true,
+    DivergentCollective: Fatal,
     /// A barrier with a wrong count, arrived at twice, or waited for by warps whose partners have exited.
-    BarrierMisuse: true,
+    BarrierMisuse: Fatal,
     /// An mbarrier that is not initialised, initialised twice, overflown, or accessed as data.
-    MbarrierMisuse: true,
+    MbarrierMisuse: Fatal,
     /// A waiter missed a phase of an mbarrier: the next one completed before it looked.
-    PhaseLag: false,
+    PhaseLag: Fault,
     /// A wgmma descriptor or tensor map that the hardware would not accept, or that does not fit the instruction.
-    BadDescriptor: true,
+    BadDescriptor: Fatal,
     /// Every warp waits and nothing is under way that could wake one.
-    Deadlock: true,
+    Deadlock: Fatal,
     /// The run took more steps than allowed.
-    StepLimit: true,
+    StepLimit: Fatal,
     /// A thread ends with asynchronous copies that it did not commit or wait for.
-    OpenGroupsAtExit: false,
+    OpenGroupsAtExit: Fault,
     /// A block ends while bytes are still expected by an mbarrier.
-    OpenTransactionsAtExit: false,
+    OpenTransactionsAtExit: Fault,
     /// Static and dynamic shared memory are more than the target has.
-    SharedSizeExceeded: true,
+    SharedSizeExceeded: Fatal,
     /// The warps of a block own more registers than there are.
-    RegistersExceeded: true,
+    RegistersExceeded: Fatal,
     /// Integer division by zero.
-    DivisionByZero: false,
+    DivisionByZero: Fault,
+    /// A shift by the width of its type or more. The result is defined, 0 or the sign, but seldom what was meant.
+    ShiftTooWide: Note,
     /// `trap` was executed.
-    Trap: true,
+    Trap: Fatal,
 }
 
 /// One finding with where and what.
@@ -150,9 +165,9 @@ pub struct Report {
 }
 
 impl Report {
-    /// Nothing was found.
+    /// Nothing was found, notes aside.
     pub fn is_clean(&self) -> bool {
-        self.findings.is_empty()
+        self.findings.iter().all(|f| f.finding.severity() == Severity::Note)
     }
 
     /// Whether this kind was found.
@@ -163,7 +178,7 @@ impl Report {
     /// Panics with the whole report unless nothing was found.
     ///
     /// # Panics
-    /// If there are findings.
+    /// If there are findings other than notes.
     #[track_caller]
     pub fn assert_clean(&self) {
         assert!(self.is_clean(), "{self}");

@@ -24,7 +24,7 @@ mod state;
 mod window;
 
 pub use counters::Counters;
-pub use finding::{Finding, Found, Mode, Report};
+pub use finding::{Finding, Found, Mode, Report, Severity};
 pub use op::Class;
 pub use ptx::PtxError;
 pub use sim::{Arg, Element, Launch, LaunchError, Module, Sim, seeds};

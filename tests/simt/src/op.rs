@@ -195,6 +195,14 @@ pub(crate) enum Op {
         a: Src,
         b: Src,
     },
+    /// `shl`, `shr` of values with this many bits.
+    Shift {
+        f: F2,
+        bits: u8,
+        d: Reg,
+        a: Src,
+        b: Src,
+    },
     A3 {
         f: F3,
         d: Reg,

@@ -142,7 +142,7 @@ fn run(file: &Value, dir: &Path) -> Res<usize> {
         let text = serde_json::to_string_pretty(&json).unwrap_or_default();
         std::fs::write(dir.join(path), text).map_err(|e| format!("{path}: {e}"))?;
     }
-    Ok(reports.iter().map(|r| r.findings.len()).sum())
+    Ok(reports.iter().filter(|r| !r.is_clean()).map(|r| r.findings.len()).sum())
 }
 
 fn string<'a>(value: &'a Value, name: &str) -> Res<&'a str> {
@@ -352,6 +352,7 @@ fn counters(report: &Report) -> Value {
 fn found_json(found: &Found) -> Value {
     json!({
         "finding": format!("{:?}", found.finding),
+        "severity": format!("{:?}", found.finding.severity()),
         "kernel": found.kernel,
         "file": found.file,
         "line": found.line,

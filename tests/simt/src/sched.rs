@@ -1,8 +1,10 @@
 //! The scheduler: which cluster, which warp, for how long. Everything random comes from the seed.
 
+use std::collections::BTreeMap;
+
 use crate::exec;
 use crate::finding::Finding;
-use crate::state::{Cluster, Cx, Hold};
+use crate::state::{Cluster, Cx, Hold, Warp};
 
 /// Runs the whole grid.
 pub(crate) fn run(cx: &mut Cx<'_>) {
@@ -70,20 +72,11 @@ fn turn(cx: &mut Cx<'_>, cl: &mut Cluster) {
 
 /// Nothing in the cluster can go on: says why.
 fn deadlock(cx: &mut Cx<'_>, cl: &mut Cluster) {
-    let mut lines = vec![];
     let exited = cl.warps.iter().filter(|w| w.hold == Hold::Exited).count();
+    let values = whereabouts(cx, cl);
     for warp in cl.warps.iter_mut().filter(|w| w.hold != Hold::Exited) {
-        let lane = warp.live.trailing_zeros();
-        let held = matches!(warp.hold, Hold::Barrier(_) | Hold::Cluster);
-        // A warp held by a barrier stands behind it already.
-        warp.pc =
-            if warp.hold == Hold::None { warp.pcs[lane as usize] } else { warp.pc.saturating_sub(u32::from(held)) };
-        let line = cx.kernel.code[warp.pc as usize].line;
-        lines.push(format!("block {:?} warp {} at line {line} ({:?})", warp.block, warp.id, warp.hold));
+        warp.pc = stands(warp, warp.live.trailing_zeros() as usize);
     }
-    let shown = lines.iter().take(8).cloned().collect::<Vec<_>>().join("; ");
-    let more = if lines.len() > 8 { format!(" and {} more", lines.len() - 8) } else { String::new() };
-    let values = format!("{} warps wait, {exited} have exited: {shown}{more}", lines.len());
     let Some(warp) = cl.warps.iter().find(|w| w.hold != Hold::Exited) else { return };
     // Partners that have exited, or a barrier that a part of the warps never reaches.
     let finding = match warp.hold {
@@ -92,4 +85,41 @@ fn deadlock(cx: &mut Cx<'_>, cl: &mut Cluster) {
         _ => Finding::Deadlock,
     };
     cx.report(warp.site(), None, finding, values);
+}
+
+/// Where a lane of a warp that does not run stands. A warp held by a barrier stands behind it already.
+fn stands(warp: &Warp, lane: usize) -> u32 {
+    match warp.hold {
+        Hold::None if warp.active >> lane & 1 != 0 => warp.pc,
+        Hold::None => warp.pcs[lane],
+        Hold::Barrier(_) | Hold::Cluster => warp.pc.saturating_sub(1),
+        Hold::Registers(_) | Hold::Exited => warp.pc,
+    }
+}
+
+/// Where the warps of a cluster stand, their lanes apart if they are apart; of many warps the first.
+pub(crate) fn whereabouts(cx: &Cx<'_>, cl: &Cluster) -> String {
+    let exited = cl.warps.iter().filter(|w| w.hold == Hold::Exited).count();
+    let mut text = format!("{} warps are left, {exited} have exited", cl.warps.len() - exited);
+    for warp in cl.warps.iter().filter(|w| w.hold != Hold::Exited).take(8) {
+        let mut groups: BTreeMap<u32, u32> = BTreeMap::new();
+        for lane in (0..32).filter(|lane| warp.live >> lane & 1 != 0) {
+            *groups.entry(cx.kernel.code[stands(warp, lane) as usize].line).or_default() |= 1 << lane;
+        }
+        text += &format!("; block {:?} warp {}", warp.block, warp.id);
+        for (line, lanes) in groups {
+            let state = match warp.hold {
+                Hold::None if lanes & warp.parked != 0 => "waits for an mbarrier".to_string(),
+                Hold::None if lanes & warp.waiting != 0 => "waits for the other lanes".to_string(),
+                Hold::None => "runs".to_string(),
+                Hold::Barrier(number) => format!("waits at barrier {number}"),
+                Hold::Cluster => "waits at the cluster barrier".to_string(),
+                Hold::Registers(n) => format!("waits for {n} registers"),
+                Hold::Exited => String::new(),
+            };
+            let which = if lanes == warp.live { String::new() } else { format!(", lanes {lanes:#010x}") };
+            text += &format!("{which} at line {line} ({state})");
+        }
+    }
+    text
 }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 use crate::clock::{Clock, Tag};
 use crate::counters::Counters;
-use crate::finding::{Finding, Found, Mode};
+use crate::finding::{Finding, Found, Mode, Severity};
 use crate::global::Global;
 use crate::model::approx::Approx;
 use crate::model::mma::{Numerics, Scratch};
@@ -91,7 +91,7 @@ impl Cx<'_> {
     /// Records a finding; a fatal one ends the run.
     #[cold]
     pub(crate) fn report(&mut self, site: Site, lane: Option<u32>, finding: Finding, values: String) {
-        self.dead |= finding.is_fatal();
+        self.dead |= finding.severity() == Severity::Fatal;
         let line = self.kernel.code[site.pc as usize].line;
         if let Some(found) = self.found.iter_mut().find(|f| f.finding == finding && f.line == line) {
             found.count += 1;
@@ -221,6 +221,9 @@ pub(crate) struct Warp {
     pub parked: u32,
     /// The lowest program counter of lanes that could run instead: meeting it means a chance to join.
     pub other: u32,
+    /// Jumps back since other lanes ran that could run now, and how many are too many.
+    pub loops: u32,
+    pub loop_limit: u32,
     pub hold: Hold,
     pub clock: Clock,
     /// What the asynchronous proxy may rely on.
@@ -433,6 +436,8 @@ impl Warp {
             waiting: 0,
             parked: 0,
             other: 0,
+            loops: 0,
+            loop_limit: crate::exec::LOOPS,
             hold: Hold::None,
             clock,
             proxy_clock: Clock::default(),

@@ -80,7 +80,8 @@ fn check_twin(planted: &Planted) -> Result<(), String> {
     for seed in seeds(100) {
         for mode in [Mode::LockStep, Mode::Split] {
             let report = run(planted, false, seed, mode)?;
-            if !report.is_clean() {
+            // not even a note
+            if !report.findings.is_empty() {
                 return Err(format!("{}: {report}", planted.name));
             }
         }

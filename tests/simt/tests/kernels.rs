@@ -4,7 +4,7 @@
 use simt::model::mma::{Arch, Numerics};
 use simt::model::smem::Swizzle;
 use simt::model::tensor_map::{ElementType, TensorMap};
-use simt::{Launch, Mode, Module, Report, Sim, seeds};
+use simt::{Finding, Launch, Mode, Module, Report, Sim, seeds};
 
 /// Every mode under every seed.
 fn runs(count: u64) -> impl Iterator<Item = (u64, Mode)> {
@@ -306,6 +306,32 @@ fn split_mode_shows_a_missing_warp_barrier() {
     assert!((0..20).all(|seed| run(seed, Mode::LockStep) == right));
     let wrong = (0..20).filter(|&seed| run(seed, Mode::Split) != right).count();
     assert!(wrong > 10, "only {wrong} of 20 seeds show the fault");
+}
+
+#[test]
+fn a_lane_that_polls_lets_the_others_run() {
+    let module = load("warp_poll");
+    for (seed, mode) in runs(2) {
+        let mut sim = Sim::new();
+        let out = sim.alloc(4);
+        clean(&mut sim, &module, "warp_poll", &Launch::new([1, 1, 1], [32, 1, 1]).arg(out).seed(seed).mode(mode));
+        assert_eq!(sim.read::<u32>(out, 1), [7]);
+    }
+}
+
+#[test]
+fn a_step_limit_tells_where_everybody_is() {
+    let module = load("warp_poll");
+    let mut sim = Sim::new();
+    let out = sim.alloc(4);
+    let mut launch = Launch::new([1, 1, 1], [32, 1, 1]).arg(out);
+    launch.max_steps = 1000;
+    let report = sim.launch(&module, "warp_poll", &launch).unwrap();
+    let found = &report.findings[0];
+    assert_eq!(found.finding, Finding::StepLimit);
+    // the poll, and the lanes behind it
+    assert!(found.values.contains(", lanes 0x00000001 at line 2"), "{found}");
+    assert!(found.values.contains(", lanes 0xfffffffe at line 28 (runs)"), "{found}");
 }
 
 #[test]

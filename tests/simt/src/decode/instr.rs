@@ -76,10 +76,8 @@ impl Decoder<'_> {
                 n(3)?;
                 let ty = m.ty(0);
                 let f = alu_int::binary(m.opcode, None, ty);
-                (
-                    Op::A2 { f, d: self.dst(&o[0], ty)?, a: self.src(&o[1], ty)?, b: self.src(&o[2], Ty::U32)? },
-                    Class::Integer,
-                )
+                let (d, a, b) = (self.dst(&o[0], ty)?, self.src(&o[1], ty)?, self.src(&o[2], Ty::U32)?);
+                (Op::Shift { f, bits: ty.bits() as u8, d, a, b }, Class::Integer)
             }
             ("shf", _) => {
                 let f = alu_int::shf(m.has("l"), m.has("wrap"));

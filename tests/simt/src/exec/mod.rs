@@ -19,6 +19,12 @@ use crate::op::{BoolOp, Class, Instr, Lanes, Op, PredSrc, Reg, Setp, Src};
 use crate::state::{Cluster, Cx, Hold, Warp};
 use crate::window;
 
+/// Lanes that have jumped back this often while others of their warp could run are taken to poll for what those will write: the
+/// others get a turn, as the independent scheduling of threads guarantees (PTX ISA 3.1). No loop that computes is as long.
+pub(crate) const LOOPS: u32 = 1 << 18;
+/// The same for a warp that has done so before.
+const POLLS: u32 = 256;
+
 /// What comes after an instruction.
 pub(crate) enum Flow {
     Next,
@@ -54,8 +60,7 @@ pub(crate) fn run(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, quantum: usize) {
             return;
         }
         if cx.steps >= cx.config.max_steps {
-            let site = cl.warps[w].site();
-            cx.report(site, None, Finding::StepLimit, format!("{} warp instructions", cx.steps));
+            step_limit(cx, cl, w);
             return;
         }
         let warp = &mut cl.warps[w];
@@ -78,6 +83,13 @@ pub(crate) fn run(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, quantum: usize) {
             return;
         }
     }
+}
+
+/// Too many steps: a loop that has no end, or that polls what nobody writes.
+#[cold]
+fn step_limit(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize) {
+    let values = format!("{} warp instructions; {}", cx.steps, crate::sched::whereabouts(cx, cl));
+    cx.report(cl.warps[w].site(), None, Finding::StepLimit, values);
 }
 
 fn split_length(cx: &mut Cx<'_>) -> i64 {
@@ -107,7 +119,7 @@ pub(crate) fn select(cx: &mut Cx<'_>, warp: &mut Warp) -> bool {
             warp.pcs[i] = warp.pc;
         }
     }
-    warp.active = 0;
+    let before = std::mem::take(&mut warp.active);
     let ready = warp.ready();
     if ready == 0 {
         if warp.hold == Hold::None && warp.live != 0 && warp.parked == 0 {
@@ -126,6 +138,15 @@ pub(crate) fn select(cx: &mut Cx<'_>, warp: &mut Warp) -> bool {
         warp.other = u32::MAX;
         return true;
     }
+    let next = lanes(ready & !before).map(|i| warp.pcs[i]).min();
+    if let (Some(next), true) = (next, warp.loops >= warp.loop_limit) {
+        // The others run as far as they can before the lanes that loop are looked at again.
+        (warp.loops, warp.loop_limit) = (0, POLLS);
+        warp.pc = next;
+        warp.active = lanes(ready & !before).filter(|&i| warp.pcs[i] == next).fold(0, |m, i| m | 1 << i);
+        warp.other = u32::MAX;
+        return true;
+    }
     warp.pc = lanes(ready).map(|i| warp.pcs[i]).min().unwrap_or(0);
     warp.other = u32::MAX;
     for i in lanes(ready) {
@@ -134,6 +155,9 @@ pub(crate) fn select(cx: &mut Cx<'_>, warp: &mut Warp) -> bool {
         } else {
             warp.other = warp.other.min(warp.pcs[i]);
         }
+    }
+    if warp.active != before {
+        warp.loops = 0;
     }
     true
 }
@@ -238,6 +262,17 @@ pub(crate) fn check_owner(cx: &mut Cx<'_>, warp: &mut Warp, d: Reg) {
     warp.hopper.touched(d);
 }
 
+/// Some lane shifts by the width or more; it may be one that does not execute.
+#[cold]
+fn wide_shift(cx: &mut Cx<'_>, warp: &Warp, amount: Src, bits: u8, mask: u32) {
+    let amounts = warp.get(cx.kernel, amount);
+    let Some(lane) = lanes(mask).find(|&i| amounts[i] as u32 >= u32::from(bits)) else {
+        return;
+    };
+    let values = format!("{bits} bits are shifted by {}", amounts[lane] as u32);
+    cx.report(warp.site(), Some(lane as u32), Finding::ShiftTooWide, values);
+}
+
 fn step(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, instr: &Instr, mask: u32) -> Flow {
     let kernel = cx.kernel;
     let warp = &mut cl.warps[w];
@@ -251,6 +286,16 @@ fn step(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, instr: &Instr, mask: u32) -
         Op::A2 { f, d, a, b } => {
             check(cx, warp, *a, mask);
             check(cx, warp, *b, mask);
+            f(&mut out, warp.get(kernel, *a), warp.get(kernel, *b));
+            store(cx, warp, *d, &out, mask);
+        }
+        Op::Shift { f, bits, d, a, b } => {
+            check(cx, warp, *a, mask);
+            check(cx, warp, *b, mask);
+            let amounts = warp.get(kernel, *b);
+            if amounts.iter().any(|&n| n as u32 >= u32::from(*bits)) {
+                wide_shift(cx, warp, *b, *bits, mask);
+            }
             f(&mut out, warp.get(kernel, *a), warp.get(kernel, *b));
             store(cx, warp, *d, &out, mask);
         }
@@ -511,6 +556,13 @@ fn branch(cx: &mut Cx<'_>, warp: &mut Warp, target: u32, taken: u32) -> Flow {
         return Flow::Next;
     }
     if stay == 0 {
+        if target <= warp.pc && warp.other != u32::MAX {
+            warp.loops += 1;
+            if warp.loops >= warp.loop_limit {
+                warp.pc = target;
+                return Flow::Reselect;
+            }
+        }
         warp.pc = target;
         return if target < warp.other && cx.config.mode == Mode::LockStep { Flow::Jump } else { Flow::Reselect };
     }
