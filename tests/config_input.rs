@@ -374,7 +374,7 @@ fn valid_specifications() -> &'static [Value] {
             RopeScaling::given(vec![0.1, 0.2, 0.3]),
         ];
         for scaling in scalings {
-            add(&mut values, &scaling);
+            add(&mut values, scaling.clone());
             rope.scaling = scaling;
             add(&mut values, &rope);
         }
@@ -410,7 +410,7 @@ fn valid_specifications() -> &'static [Value] {
         let mut prep = QkvPrep::new(4, 2, 16);
         (prep.qk_norm, prep.clip, prep.rope) = (Some(QkNorm::PerHead), Some(8.0), Some(rope));
         prep.q_temperature = Some(QTemperature::new(8192.0, 0.1));
-        add(&mut values, &prep.q_temperature);
+        add(&mut values, prep.q_temperature);
         add(&mut values, prep);
         let mut retention = Retention::new(4, 8, 16);
         retention.form = RetentionForm::Chunkwise(8);

@@ -46,13 +46,25 @@ impl<T: Copy> Array<T> {
         ViewMut::new(&mut self.data, [rows, width])
     }
 
-    /// With exactly `N` dimensions.
+    /// The shape with `N` dimensions: further leading ones are joined, missing ones are 1. Whether it fits is for the function to
+    /// say that takes the view.
+    fn dims<const N: usize>(&self) -> [usize; N] {
+        let mut dims = [1usize; N];
+        for (i, n) in self.shape.iter().rev().enumerate() {
+            let dim = &mut dims[N - 1 - i.min(N - 1)];
+            *dim = dim.saturating_mul(*n);
+        }
+        dims
+    }
+
+    /// With `N` dimensions.
     pub fn view<const N: usize>(&self) -> View<'_, T, N> {
-        View::new(&self.data, self.shape.as_slice().try_into().expect("number of dimensions"))
+        View::new(&self.data, self.dims())
     }
 
     pub fn view_mut<const N: usize>(&mut self) -> ViewMut<'_, T, N> {
-        ViewMut::new(&mut self.data, self.shape.as_slice().try_into().expect("number of dimensions"))
+        let dims = self.dims();
+        ViewMut::new(&mut self.data, dims)
     }
 
     /// Columns `start ..` of every row, as `[rows, heads, width]` with `heads` parts of `stride` columns.

@@ -139,6 +139,15 @@ impl Checkpoint {
         let down: Array<W> = self.weights.need(&format!("{name}.down_proj"))?.cast();
         let both_bias: Array<f64> = self.weights.need(&format!("{name}.gate_up_proj_bias"))?.cast();
         let down_bias: Array<f64> = self.weights.need(&format!("{name}.down_proj_bias"))?.cast();
+        let shapes = (both.shape.as_slice(), both_bias.shape.as_slice(), down.shape.len());
+        let fits =
+            matches!(shapes, ([e, _, cols], [experts, width], 3) if e == experts && cols == width && cols % 2 == 0);
+        if !fits {
+            let found = [&both.shape, &both_bias.shape, &down.shape];
+            return Err(format!(
+                "{name}: gate_up_proj, its bias and down_proj are {found:?}, which is no set of experts"
+            ));
+        }
         let every_second = |start: usize| {
             let [experts, _, _]: [usize; 3] = [both.shape[0], both.shape[1], both.shape[2]];
             let data = both_bias.data.iter().skip(start).step_by(2).copied().collect();
@@ -278,6 +287,13 @@ impl Checkpoint {
                 state.hidden = trace.out.cast();
                 if let Some(truth) = expected.get(&format!("{case}.hidden.{n}.f64")) {
                     let truth = truth.cast::<f64>();
+                    let ([rows, width], last) = (truth.rows().shape(), state.places.last().map_or(0, |p| p + 1));
+                    if width != state.hidden.rows().shape()[1] || rows < last {
+                        return Err(format!(
+                            "{case}.hidden.{n}.f64 is {:?}, which are not the hidden states",
+                            truth.shape
+                        ));
+                    }
                     let error = relative_error(&state.hidden.data, &truth.pick(&state.places).data);
                     compared.push(Compared { case: (*case).into(), layer: n, tokens: state.places.len(), error });
                 }

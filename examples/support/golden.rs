@@ -504,13 +504,17 @@ impl Case {
                 let m = &block.mla;
                 let kv_b = self.rounded("layer.mla.wkv_b", dtype)?;
                 let compressed = m.q_lora_rank.is_some();
+                let shape = [m.num_heads, m.nope_dim + m.value_dim, m.kv_lora_rank];
+                if kv_b.data.len() != shape.iter().product::<usize>() {
+                    return Err(Stop::Broken(format!("layer.mla.wkv_b is {:?}, expected {shape:?}", kv_b.shape)));
+                }
                 AttentionWeights {
                     q: projection(if compressed { "layer.mla.wq_b" } else { "layer.mla.wq" }, "")?,
                     q_a: if compressed { Some(projection("layer.mla.wq_a", "")?) } else { None },
                     q_a_norm: self.vector("layer.mla.q_a_norm"),
                     kv_a: Some(projection("layer.mla.wkv_a", "")?),
                     kv_a_norm: self.vector("layer.mla.kv_a_norm"),
-                    kv_b: Some(kv_b.reshape(&[m.num_heads, m.nope_dim + m.value_dim, m.kv_lora_rank])),
+                    kv_b: Some(kv_b.reshape(&shape)),
                     out: projection("layer.wo", "layer.bo")?,
                     ..AttentionWeights::default()
                 }
@@ -595,6 +599,13 @@ impl Case {
         let mut rows = Rows::equal(batch, seq, 0);
         rows.positions = (0..batch).flat_map(|_| positions.iter().map(|p| *p as u32)).collect();
         if let Some(mask) = self.mask("attn.key_mask") {
+            if mask.len() != batch * (past + seq) {
+                return Err(Stop::Broken(format!(
+                    "attn.key_mask has {} elements, expected {batch} x {}",
+                    mask.len(),
+                    past + seq
+                )));
+            }
             rows.key_mask = Some(Array::new(mask, &[batch, 1, 1, past + seq]));
         }
         if let Mlp::Moe(moe) = &spec.mlp
@@ -609,8 +620,13 @@ impl Case {
 
     fn fill_cache<T: Element>(&self, spec: &Layer, dtype: Dtype, past: usize, cache: &mut Cache<T>) -> Answer<()> {
         let fill = |to: &mut Array<T>, at: usize, name: &str| {
-            let from = swap_middle(&self.rounded(name, dtype)?);
-            let ([batch, _, heads, width], [_, capacity, _, room]) = (four(&from)?, four(to)?);
+            let from = self.rounded(name, dtype)?;
+            let (found @ [batch, heads, rows, width], [seqs, capacity, kv_heads, room]) = (four(&from)?, four(to)?);
+            if [batch, heads, rows] != [seqs, kv_heads, past] || past > capacity || at + width > room {
+                let expected = [seqs, kv_heads, past, room.saturating_sub(at)];
+                return Err(Stop::Broken(format!("{name} is {found:?}, expected at most {expected:?}")));
+            }
+            let from = swap_middle(&from);
             for b in 0..batch {
                 for j in 0..past {
                     for h in 0..heads {
@@ -788,9 +804,16 @@ impl Case {
             "moe" => self.moe_against_file(b, &mut c)?,
             "layer" => {
                 let truth = self.exact("layer.out.f64")?;
-                let live = self.live_rows(truth.data.len() / truth.shape.last().copied().unwrap_or(1).max(1));
                 for options in self.forms() {
                     let got = self.layer(b, Dtype::F32, &options)?;
+                    if truth.data.len() != got.out.data.len() {
+                        return Err(Stop::Broken(format!(
+                            "layer.out.f64 is {:?}, expected {:?}",
+                            truth.shape, got.out.shape
+                        )));
+                    }
+                    let truth = truth.clone().reshape(&got.out.shape);
+                    let live = self.live_rows(got.out.rows().shape()[0]);
                     let name = if options.absorbed { "layer.out (absorbed)" } else { "layer.out" };
                     c.compare(name, &got.out.pick(&live).data, &truth.pick(&live).data);
                 }
