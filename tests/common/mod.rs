@@ -52,3 +52,15 @@ pub fn seed() -> u64 {
     println!("GATEFOLD_TEST_SEED={seed}");
     seed
 }
+
+/// Names of all functions of the CPU backend but those that tell the size of a workspace, from its list of exports.
+pub fn cpu_functions() -> Vec<&'static str> {
+    let exports = include_str!("../../src/cpu.rs").lines();
+    let names: Vec<&str> = exports
+        .filter_map(|line| line.strip_prefix("pub use ")?.split_once("::"))
+        .flat_map(|(_, names)| names.split(['{', '}', ',', ';', ' ']))
+        .filter(|name| name.starts_with(|c: char| c.is_ascii_lowercase()) && !name.ends_with("_workspace_bytes"))
+        .collect();
+    assert!(names.len() >= 19 && names.contains(&"moe"), "{names:?}");
+    names
+}
