@@ -159,6 +159,54 @@ fn older_targets_and_versions_refuse_what_ptxas_refuses() {
     println!("{compared} decisions agree");
 }
 
+/// The forms again with one modifier of one instruction exchanged, added or left out, in every way that the decoder takes.
+fn variants(forms: &[Form]) -> Vec<(String, Form)> {
+    let mut seen = BTreeSet::new();
+    let mut variants = vec![];
+    for form in forms {
+        for (at, line) in form.body.lines().enumerate() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let Some(word) = words.iter().find(|w| !w.starts_with('@')) else { continue };
+            let old = word.trim_end_matches(';');
+            for new in simt::coverage::neighbours(old) {
+                if !seen.insert(new.clone()) {
+                    continue;
+                }
+                let replaced = form.body.lines().enumerate().map(|(i, l)| match i == at {
+                    true => l.replacen(old, &new, 1),
+                    false => l.to_string(),
+                });
+                let body = replaced.collect::<Vec<_>>().join("\n");
+                let name = format!("variant_{}", variants.len());
+                let mut variant = forms::lane(name, form.target, &form.inputs, &form.outputs, body, |_| vec![]);
+                (variant.threads, variant.cluster, variant.map) = (form.threads, form.cluster, form.map.clone());
+                let target = if form.target == "sm_100" { "sm_100" } else { "sm_90a" };
+                if Module::parse(&variant.name, &variant.ptx_for(target, "8.8")).is_ok() {
+                    variants.push((new, variant));
+                }
+            }
+        }
+    }
+    variants
+}
+
+/// Combinations of modifiers that no form has: what the decoder takes of them, ptxas takes.
+#[test]
+fn ptxas_accepts_what_the_decoder_accepts() {
+    let Some(ptxas) = ptxas() else { return };
+    let variants = variants(&forms::all());
+    let mut failures = vec![];
+    for target in ["sm_90a", "sm_100"] {
+        let of_target = |f: &Form| (f.target == "sm_100") == (target == "sm_100");
+        let forms: Vec<&Form> = variants.iter().map(|(_, f)| f).filter(|f| of_target(f)).collect();
+        let refused = refused(&ptxas, &forms, target, "8.8");
+        let named = variants.iter().filter_map(|(new, f)| Some(format!("{new}: {}", refused.get(f.name.as_str())?)));
+        failures.extend(named);
+    }
+    assert!(failures.is_empty(), "{} of {}:\n{}", failures.len(), variants.len(), failures.join("\n"));
+    println!("{} variants of the forms assemble", variants.len());
+}
+
 /// The target that a form is tested on is the oldest that has it.
 #[test]
 fn forms_name_their_oldest_target() {

@@ -3,7 +3,7 @@
 use super::instr::{atom_op, space};
 use super::matrix::vector;
 use super::{Decoder, Res};
-use crate::op::{Addr, AtomOp, AtomType, BulkKind, BulkOp, Class, MbarKind, MbarOp, Op, Space, Wgmma, WgmmaA};
+use crate::op::{Addr, AtomType, BulkKind, BulkOp, Class, MbarKind, MbarOp, Op, Space, Wgmma, WgmmaA};
 use crate::ptx::grammar::Mods;
 use crate::ptx::parse::{Operand, RawInstr};
 use crate::ptx::types::Ty;
@@ -215,9 +215,6 @@ impl Decoder<'_> {
             ("bulk_store" | "bulk_reduce", [dst, src, size]) => {
                 if m.form == "bulk_reduce" {
                     let ty = m.ty(0);
-                    if matches!(ty, Ty::F16 | Ty::Bf16) && op == AtomOp::Add && !m.has("noftz") {
-                        return Err("`add` on 16-bit floats takes `.noftz`".into());
-                    }
                     bulk.kind = BulkKind::Reduce(op, atom_type(ty), ty.bytes() as u8);
                 } else {
                     bulk.kind = BulkKind::Store;

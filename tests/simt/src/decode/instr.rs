@@ -266,6 +266,10 @@ impl Decoder<'_> {
                 _ => Op::PredMov { d, a: self.pred_src(&o[1])? },
             });
         }
+        let packs = o.iter().any(|o| matches!(o, Operand::Vector(_)));
+        if packs && ty.class() != crate::ptx::types::Class::Bits {
+            return Err("a vector is moved as `.b32` or `.b64`".into());
+        }
         let part = |n: usize| -> Res<Ty> {
             Ok(match ty.bits() / n as u32 {
                 8 => Ty::B8,
@@ -328,9 +332,6 @@ impl Decoder<'_> {
         if how.ftz && from != Ty::F32 && to != Ty::F32 {
             return Err("`.ftz` needs an f32 on one side".into());
         }
-        if to == Ty::Bf16 && m.form == "from_int" && how.sat {
-            return Err("`.sat` does not go with bf16".into());
-        }
         let (conversion, d_ty, a_ty) = match m.form {
             "int" => (Conversion::IntInt { from, to, sat: how.sat }, to, from),
             "to_int" => (Conversion::ToInt { from, to, round, ftz: how.ftz }, to, from),
@@ -341,7 +342,11 @@ impl Decoder<'_> {
             "tf32" => (Conversion::Float { from: from_format, to: to_format, how }, Ty::B32, Ty::F32),
             _ => (Conversion::Float { from: from_format, to: to_format, how }, to, from),
         };
-        let wider = matches!(m.form, "int" | "to_int" | "from_int");
+        if m.form == "int" && how.sat && contains(to, from) {
+            return Err(format!("`.sat` has nothing to clamp: {to:?} holds every {from:?}"));
+        }
+        // bf16 has no integer partner in a wider register
+        let wider = matches!(m.form, "int" | "to_int" | "from_int") && to != Ty::Bf16 && from != Ty::Bf16;
         let a = self.src_sized(&o[1], a_ty, wider && is_int(a_ty))?;
         let (d, reg_bits) = self.dst_sized(&o[0], d_ty, wider && is_int(d_ty))?;
         Ok(match m.form {
@@ -465,6 +470,15 @@ impl Decoder<'_> {
 
 fn is_int(ty: Ty) -> bool {
     ty.class() == crate::ptx::types::Class::Int
+}
+
+/// Whether every value of the integer type `from` is one of `to`.
+fn contains(to: Ty, from: Ty) -> bool {
+    match (to.signed(), from.signed()) {
+        (true, false) => to.bits() > from.bits(),
+        (false, true) => false,
+        _ => to.bits() >= from.bits(),
+    }
 }
 
 fn widened(ty: Ty) -> Ty {

@@ -390,6 +390,11 @@ impl<'a> Decoder<'a> {
     fn addr(&mut self, operand: &Operand, space: Space) -> Res<Addr> {
         match operand {
             Operand::Address { base, offset, coords: None } => {
+                if let (Operand::Name(name), Space::Generic) = (&**base, space)
+                    && let Some(Sym::Var(Space::Param, _)) = self.lookup(name)
+                {
+                    return Err(format!("`{name}` is a parameter: the instruction names no `.param`"));
+                }
                 let base = self.addr_base(base, space)?;
                 Ok(Addr { space, base, offset: *offset })
             }

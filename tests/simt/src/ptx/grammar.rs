@@ -89,7 +89,8 @@ const TABLE: &[(&str, &str, &str)] = &[
     ("tanh", "any", "approx f32|f16|f16x2|bf16|bf16x2"),
     // 9.7.6, 9.7.7 comparison and selection
     ("setp", "int", "CMP_INT and|or|xor? b16|b32|b64|u16|u32|u64|s16|s32|s64"),
-    ("setp", "float", "CMP_FLOAT and|or|xor? ftz? f32|f16|bf16"),
+    ("setp", "float", "CMP_FLOAT and|or|xor? ftz? f32|f16"),
+    ("setp", "float", "CMP_FLOAT and|or|xor? bf16"),
     ("set", "int", "CMP_INT and|or|xor? u32|s32|f32 b16|b32|b64|u16|u32|u64|s16|s32|s64"),
     ("set", "float", "CMP_FLOAT and|or|xor? ftz? u32|s32|f32 f32"),
     ("selp", "any", "b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64"),
@@ -98,19 +99,26 @@ const TABLE: &[(&str, &str, &str)] = &[
     // 9.7.9 data movement and conversion
     ("mov", "any", "pred|b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64"),
     ("cvt", "int", "sat? u8|u16|u32|u64|s8|s16|s32|s64 u8|u16|u32|u64|s8|s16|s32|s64"),
-    ("cvt", "to_int", "rni|rzi|rmi|rpi ftz? sat? u8|u16|u32|u64|s8|s16|s32|s64 f32|f16|bf16"),
-    ("cvt", "from_int", "RND sat? f32|f16|bf16 u8|u16|u32|u64|s8|s16|s32|s64"),
-    ("cvt", "widen", "ftz? sat? f32 f16|bf16"),
+    ("cvt", "to_int", "rni|rzi|rmi|rpi ftz? sat? u8|u16|u32|u64|s8|s16|s32|s64 f32|f16"),
+    ("cvt", "to_int", "rni|rzi|rmi|rpi INT bf16"),
+    ("cvt", "from_int", "RND sat? f32|f16 u8|u16|u32|u64|s8|s16|s32|s64"),
+    ("cvt", "from_int", "RND bf16 INT"),
+    ("cvt", "widen", "ftz? sat? f32 f16"),
+    ("cvt", "widen", "f32 bf16"),
     ("cvt", "round", "rni|rzi|rmi|rpi ftz? sat? f32 f32"),
-    ("cvt", "narrow", "rn|rz|rm|rp relu? satfinite? f16|bf16 f32"),
+    ("cvt", "narrow", "rn|rz relu? satfinite? f16|bf16 f32"),
+    ("cvt", "narrow", "rm|rp f16|bf16 f32"),
     ("cvt", "pack", "rn|rz relu? satfinite? f16x2|bf16x2 f32"),
-    ("cvt", "tf32", "rna|rn|rz relu? tf32 f32"),
+    ("cvt", "tf32", "rna tf32 f32"),
+    ("cvt", "tf32", "rn|rz relu? tf32 f32"),
     ("cvt", "pack8", "rn satfinite relu? e4m3x2|e5m2x2 f32|f16x2"),
     ("cvt", "unpack8", "rn relu? f16x2 e4m3x2|e5m2x2"),
     ("cvta", "any", "to? global|shared|shared::cta|shared::cluster|local|const|param u64"),
     ("isspacep", "any", "global|shared|shared::cta|shared::cluster|local|param"),
-    ("ld", "weak", "weak? SPACES? nc? L1_EVICT? L2_EVICT? L2::cache_hint? PREFETCH? v2|v4|v8? MEM_TYPES"),
-    ("ld", "cop", "weak? STORE_SPACES? ca|cg|cs|lu|cv nc? L2::cache_hint? PREFETCH? v2|v4|v8? MEM_TYPES"),
+    ("ld", "weak", "weak? SPACES? L1_EVICT? L2_EVICT? L2::cache_hint? PREFETCH? v2|v4|v8? MEM_TYPES"),
+    ("ld", "weak", "SPACES? nc L1_EVICT? L2_EVICT? L2::cache_hint? PREFETCH? v2|v4|v8? MEM_TYPES"),
+    ("ld", "cop", "weak? STORE_SPACES? ca|cg|cs|lu|cv L2::cache_hint? PREFETCH? v2|v4|v8? MEM_TYPES"),
+    ("ld", "cop", "STORE_SPACES? ca|cg|cs nc L2::cache_hint? PREFETCH? v2|v4|v8? MEM_TYPES"),
     ("ld", "volatile", "volatile ATOM_SPACES? v2|v4? MEM_TYPES"),
     ("ld", "strong", "relaxed|acquire SCOPE ATOM_SPACES? v2|v4? MEM_TYPES"),
     ("st", "weak", "weak? STORE_SPACES? L1_EVICT? L2_EVICT? L2::cache_hint? v2|v4|v8? MEM_TYPES"),
@@ -177,37 +185,54 @@ const TABLE: &[(&str, &str, &str)] = &[
     // 9.7.13.15 mbarrier
     ("mbarrier", "init", "init SHARED? b64"),
     ("mbarrier", "inval", "inval SHARED? b64"),
-    ("mbarrier", "tx", "expect_tx|complete_tx relaxed? cta|cluster? shared|shared::cta|shared::cluster? b64"),
-    ("mbarrier", "arrive", "arrive|arrive_drop release|relaxed? cta|cluster? shared|shared::cta|shared::cluster? b64"),
+    // an order and its scope stand together or not at all
+    ("mbarrier", "tx", "expect_tx|complete_tx shared|shared::cta|shared::cluster? b64"),
+    ("mbarrier", "tx", "expect_tx|complete_tx relaxed cta|cluster shared|shared::cta|shared::cluster? b64"),
+    ("mbarrier", "arrive", "arrive|arrive_drop shared|shared::cta|shared::cluster? b64"),
+    ("mbarrier", "arrive", "arrive|arrive_drop release|relaxed cta|cluster shared|shared::cta|shared::cluster? b64"),
+    ("mbarrier", "arrive_tx", "arrive|arrive_drop expect_tx shared|shared::cta|shared::cluster? b64"),
     (
         "mbarrier",
         "arrive_tx",
-        "arrive|arrive_drop expect_tx release|relaxed? cta|cluster? shared|shared::cta|shared::cluster? b64",
+        "arrive|arrive_drop expect_tx release|relaxed cta|cluster shared|shared::cta|shared::cluster? b64",
     ),
-    ("mbarrier", "no_complete", "arrive|arrive_drop noComplete release? cta? SHARED? b64"),
-    ("mbarrier", "wait", "test_wait|try_wait acquire|relaxed? cta|cluster? SHARED? b64"),
-    ("mbarrier", "wait_parity", "test_wait|try_wait parity acquire|relaxed? cta|cluster? SHARED? b64"),
+    ("mbarrier", "no_complete", "arrive|arrive_drop noComplete SHARED? b64"),
+    ("mbarrier", "no_complete", "arrive|arrive_drop noComplete release cta SHARED? b64"),
+    ("mbarrier", "wait", "test_wait|try_wait SHARED? b64"),
+    ("mbarrier", "wait", "test_wait|try_wait acquire|relaxed cta|cluster SHARED? b64"),
+    ("mbarrier", "wait_parity", "test_wait|try_wait parity SHARED? b64"),
+    ("mbarrier", "wait_parity", "test_wait|try_wait parity acquire|relaxed cta|cluster SHARED? b64"),
     ("mbarrier", "pending", "pending_count b64"),
     // 9.7.9.25.4, 9.7.9.25.5, 9.7.9.27 bulk and tensor copies
     (
         "cp",
         "bulk_load",
-        "async bulk shared::cluster|shared::cta global mbarrier::complete_tx::bytes multicast::cluster? L2::cache_hint?",
+        "async bulk shared::cluster global mbarrier::complete_tx::bytes multicast::cluster? L2::cache_hint?",
     ),
+    ("cp", "bulk_load", "async bulk shared::cta global mbarrier::complete_tx::bytes L2::cache_hint?"),
     ("cp", "bulk_peer", "async bulk shared::cluster shared::cta mbarrier::complete_tx::bytes"),
     ("cp", "bulk_store", "async bulk global shared::cta bulk_group L2::cache_hint?"),
+    ("cp", "bulk_reduce", "reduce async bulk global shared::cta bulk_group L2::cache_hint? add u32|s32|u64|f32"),
+    ("cp", "bulk_reduce", "reduce async bulk global shared::cta bulk_group L2::cache_hint? add noftz f16|bf16"),
     (
         "cp",
         "bulk_reduce",
-        "reduce async bulk global shared::cta bulk_group L2::cache_hint? add|min|max|and|or|xor|inc|dec noftz? u32|s32|u64|s64|b32|b64|f32|f16|bf16",
+        "reduce async bulk global shared::cta bulk_group L2::cache_hint? min|max u32|s32|u64|s64|f16|bf16",
     ),
+    ("cp", "bulk_reduce", "reduce async bulk global shared::cta bulk_group L2::cache_hint? inc|dec u32"),
+    ("cp", "bulk_reduce", "reduce async bulk global shared::cta bulk_group L2::cache_hint? and|or|xor b32|b64"),
     ("cp", "bulk_prefetch", "async bulk prefetch L2 global L2::cache_hint?"),
     ("cp", "bulk_commit", "async bulk commit_group"),
     ("cp", "bulk_wait", "async bulk wait_group read?"),
     (
         "cp",
         "tensor_load",
-        "async bulk tensor DIM shared::cluster|shared::cta global tile? mbarrier::complete_tx::bytes multicast::cluster? L2::cache_hint?",
+        "async bulk tensor DIM shared::cluster global tile? mbarrier::complete_tx::bytes multicast::cluster? L2::cache_hint?",
+    ),
+    (
+        "cp",
+        "tensor_load",
+        "async bulk tensor DIM shared::cta global tile? mbarrier::complete_tx::bytes L2::cache_hint?",
     ),
     ("cp", "tensor_store", "async bulk tensor DIM global shared::cta tile? bulk_group L2::cache_hint?"),
     (
@@ -310,6 +335,25 @@ pub(crate) fn all_choices() -> Vec<String> {
     }
     out.sort();
     out.dedup();
+    out
+}
+
+/// Every choice of modifiers that differs from `mods` in one slot of its row.
+pub(crate) fn neighbours(opcode: &str, mods: &[String]) -> Vec<Vec<&'static str>> {
+    let mut out = vec![];
+    for row in forms().get(opcode).into_iter().flatten() {
+        let mut chosen = vec![None; row.slots.len()];
+        if fit(&row.slots, mods, &mut chosen).is_err() {
+            continue;
+        }
+        for (i, slot) in row.slots.iter().enumerate() {
+            let absent = slot.optional.then_some(None);
+            for choice in slot.choices.iter().copied().map(Some).chain(absent).filter(|c| *c != chosen[i]) {
+                out.push((0..chosen.len()).filter_map(|j| if i == j { choice } else { chosen[j] }).collect());
+            }
+        }
+        break;
+    }
     out
 }
 
