@@ -17,4 +17,5 @@ pub mod naive;
 pub mod random;
 pub mod roof;
 pub mod tensors;
+pub mod textbook;
 pub mod verify;

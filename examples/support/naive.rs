@@ -3,6 +3,7 @@
 
 use super::array::Array;
 use super::backend::{Backend, Block, FfnArrays, Matrix, Mixture, MoeArrays, in_blocks};
+use super::textbook::{dot, inner, norm, rotate, sigmoid};
 use gatefold::args::{
     AttentionInput, AttentionOutput, KvCache, KvCacheMut, MoeInput, MoeOutput, QkvInput, QkvOutput, RopeTable,
     RouteInput, RouteOutput, Routing, WkvInput, WkvOutput,
@@ -35,16 +36,14 @@ impl<T: Element> Naive<T> {
     fn ffn(&self, spec: &Ffn, x: &[f32], w: &FfnRow<'_>) -> Vec<f32> {
         let (gate, up, down) = w.block.matrices();
         let (inter, hidden) = (spec.intermediate_size, spec.hidden_size);
-        let inner: Vec<f32> = (0..inter)
+        let row: Vec<f32> = (0..inter)
             .map(|i| {
                 let up = up.dot(x, w.index * inter + i, self.rounds_factors) + w.bias(1, i, inter);
                 let gate = gate.map(|g| g.dot(x, w.index * inter + i, self.rounds_factors) + w.bias(0, i, inter));
-                T::from_f32(activate(spec.activation, gate, up)).to_f32()
+                self.factor(inner(spec.activation, gate, up))
             })
             .collect();
-        (0..hidden)
-            .map(|o| down.dot(&inner, w.index * hidden + o, self.rounds_factors) + w.bias(2, o, hidden))
-            .collect()
+        (0..hidden).map(|o| down.dot(&row, w.index * hidden + o, self.rounds_factors) + w.bias(2, o, hidden)).collect()
     }
 
     fn routed(&self, spec: &ExpertFfn, x: &[f32], ids: &[i32], weights: &[f32], w: &dyn Block) -> Vec<f32> {
@@ -82,77 +81,10 @@ impl FfnRow<'_> {
     }
 }
 
-/// Sequential f32 sum in plain f64 weights.
-fn dot(x: &[f32], w: &[f64], row: usize, width: usize) -> f32 {
-    let row = &w[row * width..(row + 1) * width];
-    x.iter().zip(row).fold(0.0, |sum, (x, w)| sum + x * *w as f32)
-}
-
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
-}
-
-/// The error function to f32 accuracy, through the reference's f64.
-fn activate(activation: Activation, gate: Option<f32>, up: f32) -> f32 {
-    let act = |x: f32| match activation {
-        Activation::GeluErf => 0.5 * x * (1.0 + erf(x / 2f32.sqrt())),
-        Activation::GeluTanh => x * sigmoid(2.0 * (2.0 / std::f32::consts::PI).sqrt() * (x + 0.044_715 * x * x * x)),
-        Activation::Relu => x.max(0.0),
-        Activation::ReluSquared => x.max(0.0) * x.max(0.0),
-        _ => x * sigmoid(x),
-    };
-    match (gate, activation) {
-        (Some(gate), Activation::SwigluClamped { alpha, limit }) => {
-            let (g, u) = (gate.min(limit as f32), up.clamp(-limit as f32, limit as f32));
-            (u + 1.0) * g * sigmoid(alpha as f32 * g)
-        }
-        (Some(gate), _) => act(gate) * up,
-        (None, _) => act(up),
-    }
-}
-
-/// `erf` by its Taylor series below 3 (f64 sums), 1 above 4, the continued fraction between; rounded to f32.
-fn erf(x: f32) -> f32 {
-    let z = f64::from(x);
-    let a = z.abs();
-    if a > 6.0 {
-        return x.signum();
-    }
-    if a < 3.0 {
-        let (mut term, mut sum) = (z, z);
-        for n in 1..80 {
-            term *= -z * z / f64::from(n);
-            sum += term / f64::from(2 * n + 1);
-        }
-        return (sum * 2.0 / std::f64::consts::PI.sqrt()) as f32;
-    }
-    let mut fraction = 0.0;
-    for n in (1..60).rev() {
-        fraction = f64::from(n) / 2.0 / (a + fraction);
-    }
-    let tail = (-a * a).exp() / std::f64::consts::PI.sqrt() / (a + fraction);
-    ((1.0 - tail) * z.signum()) as f32
-}
-
-fn rms<'a>(x: &[f32], eps: f64, weight: impl Fn(usize) -> f32 + 'a) -> Vec<f32> {
-    let mean = x.iter().fold(0.0f32, |s, v| s + v * v) / x.len() as f32;
-    let scale = 1.0 / (mean + eps as f32).sqrt();
-    x.iter().enumerate().map(|(i, v)| v * scale * weight(i)).collect()
-}
-
-fn rotate(rope: &Rope, x: &mut [f32], cos: &[f32], sin: &[f32]) {
-    let half = rope.rotary_dim / 2;
-    let old = x.to_vec();
-    for n in 0..half {
-        let (from, to) = match rope.style {
-            RopeStyle::Half => ((n, n + half), (n, n + half)),
-            RopeStyle::Interleaved => ((2 * n, 2 * n + 1), (2 * n, 2 * n + 1)),
-            _ => ((2 * n, 2 * n + 1), (n, n + half)),
-        };
-        let (a, b) = (old[from.0], old[from.1]);
-        x[to.0] = a * cos[n] - b * sin[n];
-        x[to.1] = b * cos[n] + a * sin[n];
-    }
+/// The product with one row of many, whose numbers f32 holds.
+fn dot_with(x: &[f32], w: &[f64], row: usize, width: usize) -> f32 {
+    let row: Vec<f32> = w[row * width..(row + 1) * width].iter().map(|w| *w as f32).collect();
+    dot(x, &row)
 }
 
 fn store<T: Element>(to: &mut [T], from: &[f32]) {
@@ -206,16 +138,8 @@ impl<T: Element> Backend for Naive<T> {
                 (index[i], rest) = (rest % shape[i], rest / shape[i]);
             }
             let row = load(x.row(&index[..N - 1]));
-            let w = |i: usize| weight.map_or(1.0, |w| w[i] + spec.weight_offset as f32);
-            let y: Vec<f32> = match spec.kind {
-                NormKind::Layer => {
-                    let mean = row.iter().sum::<f32>() / row.len() as f32;
-                    let centred: Vec<f32> = row.iter().map(|v| v - mean).collect();
-                    let y = rms(&centred, spec.eps, w);
-                    y.iter().enumerate().map(|(i, v)| v + bias.map_or(0.0, |b| b[i])).collect()
-                }
-                _ => rms(&row, spec.eps, w),
-            };
+            let weight = |i: usize| weight.map_or(1.0, |w| w[i] + spec.weight_offset as f32);
+            let y = norm(spec.kind, spec.eps, &row, weight, |i| bias.map_or(0.0, |b| b[i]));
             store(out.row_mut(&index[..N - 1]), &y);
         }
         Ok(())
@@ -248,26 +172,27 @@ impl<T: Element> Backend for Naive<T> {
             }
         };
         let offset = spec.norm.weight_offset as f32;
+        let rms = |x: &[f32], weight: &dyn Fn(usize) -> f32| norm(NormKind::Rms, spec.norm.eps, x, weight, |_| 0.0);
         for t in 0..input.q.shape()[0] {
-            for (is_q, x, norm, heads, out) in [
+            for (is_q, x, weight, heads, out) in [
                 (true, &input.q, input.q_norm, spec.num_heads, &mut out_q),
                 (false, &input.k, input.k_norm, spec.num_kv_heads, &mut out_k),
             ] {
                 let mut all: Vec<f32> = (0..heads).flat_map(|h| load(x.row(&[t, h]))).collect();
-                if let (Some(QkNorm::Full), Some(w)) = (spec.qk_norm, norm) {
-                    all = rms(&all, spec.norm.eps, |i| w[i] + offset);
+                if let (Some(QkNorm::Full), Some(w)) = (spec.qk_norm, weight) {
+                    all = rms(&all, &|i| w[i] + offset);
                 }
                 clip(&mut all);
                 for (h, head) in all.chunks_mut(spec.head_dim).enumerate() {
-                    if let (Some(QkNorm::PerHead), Some(w)) = (spec.qk_norm, norm) {
-                        head.copy_from_slice(&rms(head, spec.norm.eps, |i| w[i] + offset));
+                    if let (Some(QkNorm::PerHead), Some(w)) = (spec.qk_norm, weight) {
+                        head.copy_from_slice(&rms(head, &|i| w[i] + offset));
                     }
                     if let (Some(rope), Some(table)) = (&spec.rope, &input.rope) {
                         let p = input.positions[t] as usize;
                         rotate(rope, head, table.cos.row(&[p]), table.sin.row(&[p]));
                     }
                     if spec.qk_norm == Some(QkNorm::L2AfterRope) {
-                        head.copy_from_slice(&rms(head, spec.norm.eps, |_| 1.0));
+                        head.copy_from_slice(&rms(head, &|_| 1.0));
                     }
                     if let (true, Some(temperature)) = (is_q, &spec.q_temperature) {
                         let factor = temperature.factor(input.positions[t]) as f32;
@@ -331,8 +256,7 @@ impl<T: Element> Backend for Naive<T> {
                             continue;
                         }
                         let k = input.kv.key(s, j, g, spec.head_dim);
-                        let mut score = q.iter().zip(k).fold(0.0, |sum: f32, (q, k)| sum + q * k.to_f32());
-                        score *= spec.softmax_scale as f32;
+                        let mut score = dot(&q, k) * spec.softmax_scale as f32;
                         if let Some(c) = spec.softcap {
                             score = c as f32 * (score / c as f32).tanh();
                         }
@@ -417,7 +341,7 @@ impl<T: Element> Backend for Naive<T> {
             for h in 0..spec.num_heads {
                 let x = load(latent.row(&[t, h]));
                 let y: Vec<f32> =
-                    (0..spec.value_dim).map(|d| dot(&x, &kv_b.data, h * head + spec.nope_dim + d, rank)).collect();
+                    (0..spec.value_dim).map(|d| dot_with(&x, &kv_b.data, h * head + spec.nope_dim + d, rank)).collect();
                 store(out.row_mut(&[t, h]), &y);
             }
         }

@@ -1,8 +1,15 @@
-//! The naive method of the tolerance: textbook order, sequential f32 sums, rounded to the storage type where a backend stores.
+//! The naive method of the tolerance: textbook order, sequential f32 sums, rounded to the storage type where a backend stores. Its rows
+//! are those of the examples, which hold themselves to the same bound.
+
+#[path = "../../examples/support/textbook.rs"]
+mod textbook;
+
+pub use textbook::{erf, inner};
 
 use gatefold::args::{AttentionInput, ExpertWeights, FfnWeights, Routing};
-use gatefold::spec::{Activation, Attention, ExpertFfn, Ffn, Norm, NormKind, Rope, RopeStyle, WeightOn};
+use gatefold::spec::{Attention, ExpertFfn, Ffn, Norm, Rope, WeightOn};
 use gatefold::{Element, View};
+use textbook::dot;
 
 /// Whether a backend keeps an intermediate value in f32, or stores it in the type of its activations (as a
 /// product of two bf16 matrices makes it do).
@@ -19,10 +26,6 @@ impl Store {
             Store::Storage => T::from_f32(x).to_f32(),
         }
     }
-}
-
-fn dot<A: Element, B: Element>(a: &[A], b: &[B]) -> f32 {
-    a.iter().zip(b).fold(0.0, |sum, (a, b)| sum + a.to_f32() * b.to_f32())
 }
 
 /// `out` in the type of the output, `lse` in f32.
@@ -186,37 +189,6 @@ pub fn linear<T: Element, W: Element, O: Element>(
     out
 }
 
-/// `act(gate) * up`, or `act(up)` of a plain block.
-pub fn inner(ffn: &Ffn, gate: Option<f32>, up: f32) -> f32 {
-    let act = |x: f32| match ffn.activation {
-        Activation::Silu => x / (1.0 + (-x).exp()),
-        Activation::GeluErf => x * 0.5 * (1.0 + erf(f64::from(x) / std::f64::consts::SQRT_2) as f32),
-        Activation::GeluTanh => {
-            x * 0.5 * (1.0 + ((2.0 / std::f32::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
-        }
-        Activation::Relu => x.max(0.0),
-        Activation::ReluSquared => x.max(0.0) * x.max(0.0),
-        _ => unreachable!(),
-    };
-    match (ffn.activation, gate) {
-        (Activation::SwigluClamped { alpha, limit }, Some(gate)) => {
-            let (gate, up) = (gate.min(limit as f32), up.clamp(-limit as f32, limit as f32));
-            (up + 1.0) * gate / (1.0 + (-alpha as f32 * gate).exp())
-        }
-        (_, Some(gate)) => act(gate) * up,
-        (_, None) => act(up),
-    }
-}
-
-/// By Simpson's rule on `2 / sqrt(pi) * exp(-t^2)`: slow and simple, to about 1e-13.
-pub fn erf(x: f64) -> f64 {
-    let n = 2000;
-    let (x, sign) = (x.abs().min(7.0), x.signum());
-    let f = |i: usize| (-(x * i as f64 / n as f64).powi(2)).exp();
-    let inside: f64 = (1..n).map(|i| f(i) * if i % 2 == 1 { 4.0 } else { 2.0 }).sum();
-    sign * 2.0 / std::f64::consts::PI.sqrt() * (f(0) + inside + f(n)) * x / n as f64 / 3.0
-}
-
 /// One row of a block, in f32; the inner row as the backend stores it.
 fn block<T: Element, W: Element>(ffn: &Ffn, x: &[f32], w: &FfnWeights<'_, W, f32>, store: Store) -> Vec<f32> {
     let project = |x: &[f32], w: &View<'_, W, 2>, b: Option<&[f32]>| -> Vec<f32> {
@@ -225,7 +197,7 @@ fn block<T: Element, W: Element>(ffn: &Ffn, x: &[f32], w: &FfnWeights<'_, W, f32
     let up = project(x, &w.up, w.up_bias);
     let gate = w.gate.as_ref().map(|g| project(x, g, w.gate_bias));
     let row: Vec<f32> =
-        (0..up.len()).map(|i| store.round::<T>(inner(ffn, gate.as_ref().map(|g| g[i]), up[i]))).collect();
+        (0..up.len()).map(|i| store.round::<T>(inner(ffn.activation, gate.as_ref().map(|g| g[i]), up[i]))).collect();
     project(&row, &w.down, w.down_bias)
 }
 
@@ -279,28 +251,14 @@ pub fn norm<T: Element, O: Element>(
     weight: Option<&[f32]>,
     bias: Option<&[f32]>,
 ) -> Vec<O> {
-    let [rows, width] = x.shape();
     let mut out = Vec::new();
-    for t in 0..rows {
+    for t in 0..x.shape()[0] {
         let row: Vec<f32> = x.row(&[t]).iter().map(|x| x.to_f32()).collect();
-        out.extend(normalized(spec, &row, width, weight, bias).iter().map(|x| O::from_f32(*x)));
+        let weight = |i: usize| weight.map_or(1.0, |w| w[i] + spec.weight_offset as f32);
+        let row = textbook::norm(spec.kind, spec.eps, &row, weight, |i| bias.map_or(0.0, |b| b[i]));
+        out.extend(row.iter().map(|x| O::from_f32(*x)));
     }
     out
-}
-
-fn normalized(spec: &Norm, row: &[f32], width: usize, weight: Option<&[f32]>, bias: Option<&[f32]>) -> Vec<f32> {
-    let mean = match spec.kind {
-        NormKind::Layer => row.iter().fold(0.0, |s, x| s + x) / width as f32,
-        _ => 0.0,
-    };
-    let variance = row.iter().fold(0.0, |s, x| s + (x - mean) * (x - mean)) / width as f32;
-    let scale = 1.0 / (variance + spec.eps as f32).sqrt();
-    (0..width)
-        .map(|i| {
-            let w = weight.map_or(1.0, |w| w[i] + spec.weight_offset as f32);
-            (row[i] - mean) * scale * w + bias.map_or(0.0, |b| b[i])
-        })
-        .collect()
 }
 
 /// Rotation of every head.
@@ -312,23 +270,13 @@ pub fn rope<T: Element, O: Element>(
     sin: &View<'_, f32, 2>,
 ) -> Vec<O> {
     let [num_tokens, heads, _] = x.shape();
-    let half = spec.rotary_dim / 2;
     let mut out = Vec::new();
     for t in 0..num_tokens {
         for h in 0..heads {
-            let row: Vec<f32> = x.row(&[t, h]).iter().map(|x| x.to_f32()).collect();
-            let mut y = row.clone();
-            for n in 0..half {
-                let (from, to) = match spec.style {
-                    RopeStyle::Half => ([n, n + half], [n, n + half]),
-                    RopeStyle::Interleaved => ([2 * n, 2 * n + 1], [2 * n, 2 * n + 1]),
-                    _ => ([2 * n, 2 * n + 1], [n, n + half]),
-                };
-                let (c, s) = (cos.at([positions[t] as usize, n]), sin.at([positions[t] as usize, n]));
-                y[to[0]] = row[from[0]] * c - row[from[1]] * s;
-                y[to[1]] = row[from[1]] * c + row[from[0]] * s;
-            }
-            out.extend(y.iter().map(|x| O::from_f32(*x)));
+            let mut row: Vec<f32> = x.row(&[t, h]).iter().map(|x| x.to_f32()).collect();
+            let p = positions[t] as usize;
+            textbook::rotate(spec, &mut row, cos.row(&[p]), sin.row(&[p]));
+            out.extend(row.iter().map(|x| O::from_f32(*x)));
         }
     }
     out

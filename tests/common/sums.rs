@@ -78,7 +78,7 @@ pub fn naive_experts<T: Element, W: Element, O: Element>(case: &ExpertCase<T, W>
                 .map(|i| {
                     let gate = w.gate.map(|g| sum(&x, g.row(&[i]), w.gate_bias.map(|b| b[i]), inner_starts));
                     let up = sum(&x, w.up.row(&[i]), w.up_bias.map(|b| b[i]), inner_starts);
-                    round(super::naive::inner(ffn, gate, up))
+                    round(super::naive::inner(ffn.activation, gate, up))
                 })
                 .collect();
             for (o, total) in total.iter_mut().enumerate() {
