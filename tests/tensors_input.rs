@@ -223,6 +223,26 @@ impl Drop for Scratch {
     }
 }
 
+/// A table of angles follows the largest position: a file may not ask for one that fills the memory.
+#[test]
+fn positions_that_no_model_has() {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/checkpoints/llama");
+    let scratch = Scratch::new("positions");
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(from.join(name), scratch.0.join(name)).expect("copied");
+    }
+    let mut bytes = fs::read(from.join("expected.safetensors")).expect("a file");
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("a file");
+    let data = file.tensor("one.position_ids").expect("a tensor").data();
+    let at = data.as_ptr() as usize - bytes.as_ptr() as usize;
+    for position in [1i32 << 20, i32::MAX, i32::MIN, -1] {
+        bytes[at..at + 4].copy_from_slice(&position.to_le_bytes());
+        fs::write(scratch.0.join("expected.safetensors"), &bytes).expect("written");
+        let error = peak::within(1 << 25, || Checkpoint::read(&scratch.0).and_then(|m| m.compare(&mut Reference, 0)));
+        assert!(error.is_err_and(|what| what.contains("position")), "{position}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 

@@ -17,6 +17,9 @@ pub struct Checkpoint {
     directory: PathBuf,
 }
 
+/// Positions that a file may name: angles are tabulated up to the largest.
+pub const MAX_POSITIONS: usize = 1 << 20;
+
 /// Where a hidden state was compared.
 #[derive(Clone, Debug)]
 pub struct Compared {
@@ -334,7 +337,7 @@ impl State {
                 let row = row.ok_or_else(|| format!("token id {id}: expected below {vocab}"))?;
                 data.extend(table.data[row * width..(row + 1) * width].iter().map(|x| x * multiplier));
                 let position = positions.data[place];
-                let position = u32::try_from(position).ok().filter(|p| *p < 1 << 24);
+                let position = u32::try_from(position).ok().filter(|p| (*p as usize) < MAX_POSITIONS);
                 rows.positions.push(position.ok_or_else(|| "a position is out of range".to_string())?);
                 places.push(place);
             }

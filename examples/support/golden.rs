@@ -3,6 +3,7 @@
 
 use super::array::{Array, cast, swap_middle};
 use super::backend::{Backend, FfnArrays, MoeArrays, Reference};
+use super::checkpoint::MAX_POSITIONS;
 use super::cpu::CpuBackend;
 use super::layer::{AttentionWeights, Cache, LayerWeights, NormWeights, Options, PackedLayer, Projection, Rows, run};
 use super::measure::{Contract, relative_error};
@@ -584,7 +585,7 @@ impl Case {
         let [batch, seq, hidden] = three(&x)?;
         let positions = self.tensors.need("layer.positions")?.ints().data;
         let last = positions.iter().copied().max().unwrap_or(0);
-        if positions.len() != seq || positions.iter().any(|p| *p < 0) || last > 1 << 24 {
+        if positions.len() != seq || positions.iter().any(|p| *p < 0) || last >= MAX_POSITIONS as i64 {
             return Err(Stop::Broken("layer.positions are not positions of the sequence".into()));
         }
         let past_name =
