@@ -86,3 +86,63 @@ fn clean_findings_and_errors() {
     assert_eq!(code, Some(2), "{text}");
     assert!(text.contains("scale.ptx:23") && text.contains(".rnd"), "{text}");
 }
+
+/// The launch file that the README shows, on a kernel that takes its arguments.
+#[test]
+fn the_example_of_the_readme_runs() {
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    let example = readme.split("```json\n").nth(1).and_then(|rest| rest.split("```").next()).expect("a JSON example");
+    let dir = folder("readme");
+    std::fs::write(dir.join("scale.ptx"), SCALE_BF16).unwrap();
+    let (code, text) = run(&dir, example);
+    assert_eq!(code, Some(0), "{text}");
+    let data = std::fs::read(dir.join("buffers.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&data).unwrap();
+    let bytes = |name: &str| tensors.tensor(name).unwrap().data().to_vec();
+    let x: Vec<f32> =
+        bytes("x").chunks(2).map(|b| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16)).collect();
+    let y: Vec<f32> = bytes("y").chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    assert_eq!(x.len(), 512);
+    assert_eq!(y, x.iter().map(|x| 0.125 * x).collect::<Vec<_>>());
+    // both modes under 8 seeds
+    let report = std::fs::read_to_string(dir.join("report.json")).unwrap();
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&report).unwrap().as_array().unwrap().len(), 16);
+}
+
+/// The arguments of the README's example; the map is for a reader of tiles.
+const SCALE_BF16: &str = ".version 8.0
+.target sm_90
+.address_size 64
+.visible .entry scale(
+    .param .u64 x,
+    .param .u64 y,
+    .param .u32 n,
+    .param .f32 factor,
+    .param .align 64 .b8 map[128])
+{
+    .reg .pred past;
+    .reg .b16 h;
+    .reg .b32 i, len, cta;
+    .reg .f32 a, f;
+    .reg .b64 px, py, off;
+    ld.param.u64 px, [x];
+    ld.param.u64 py, [y];
+    ld.param.u32 len, [n];
+    ld.param.f32 f, [factor];
+    mov.u32 cta, %ctaid.x;
+    mov.u32 i, %tid.x;
+    mad.lo.u32 i, cta, 128, i;
+    setp.ge.u32 past, i, len;
+    @past bra DONE;
+    mul.wide.u32 off, i, 2;
+    add.u64 px, px, off;
+    add.u64 py, py, off;
+    add.u64 py, py, off;
+    ld.global.b16 h, [px];
+    cvt.f32.bf16 a, h;
+    mul.f32 a, a, f;
+    st.global.f32 [py], a;
+DONE:
+    ret;
+}
+";
