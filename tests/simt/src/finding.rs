@@ -46,8 +46,8 @@ findings! {
     UninitShared: Fault,
     /// Global or local memory is read that neither host nor kernel wrote.
     UninitGlobal: Fault,
-    /// Two accesses to one byte of shared memory, at least one a write, that nothing orders; or two lanes of one store that
-    /// write different values to it.
+    /// Two accesses to one byte of shared memory, at least one a write, that nothing orders: by two warps, or by two lanes of one
+    /// warp, which only `bar.warp.sync` and stronger synchronisation order; or two lanes of one store that write different values.
     SharedRace: Fault,
     /// Two blocks write one byte of global memory without atomics and without synchronisation, or two lanes of one store write
     /// different values to it.

@@ -174,11 +174,39 @@ impl Shadow {
     }
 }
 
+/// Why an access is not in order among the lanes of its warp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LaneClash {
+    /// A lane wrote the byte.
+    Write(u8),
+    /// A lane, or several, read the byte.
+    Read(Option<u8>),
+}
+
+/// Which lane wrote a byte last, and which lanes of which warp read it last: lanes are threads, and the order of their warp's instructions
+/// is not one among them.
+#[derive(Debug)]
+struct LaneShadow {
+    writer: Vec<u8>,
+    /// Tag of the warp that read, and the lane in the low byte; 0 for none.
+    reader: Vec<u64>,
+}
+
+/// In place of a lane: none in particular, or more than one.
+const MANY: u8 = 255;
+
+/// Whether an access by the warp of `me` comes after its counter reached `seen`.
+#[inline]
+fn unordered(tag: Tag, me: Tag, seen: u32) -> bool {
+    tag.component() == me.component() && tag.counter() >= seen
+}
+
 /// Shared memory of a block and its shadow.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub data: Vec<u8>,
     shadow: Shadow,
+    lanes: LaneShadow,
     sets: Readers,
     /// Every byte with a tag lies in here.
     touched: std::ops::Range<usize>,
@@ -186,13 +214,20 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn new(bytes: usize) -> Self {
-        Shared { data: vec![0; bytes], shadow: Shadow::new(bytes), sets: Readers::default(), touched: 0..0 }
+        Shared {
+            data: vec![0; bytes],
+            shadow: Shadow::new(bytes),
+            lanes: LaneShadow { writer: vec![MANY; bytes], reader: vec![0; bytes] },
+            sets: Readers::default(),
+            touched: 0..0,
+        }
     }
 
     /// For the next block: nothing is initialised, the bytes are what the last block left.
     pub(crate) fn reset(&mut self) {
         let touched = std::mem::take(&mut self.touched);
         self.shadow.writer[touched.clone()].fill(0);
+        self.lanes.reader[touched.clone()].fill(0);
         self.shadow.readers[touched].fill(0);
         self.sets = Readers::default();
     }
@@ -237,6 +272,82 @@ impl Shared {
         self.shadow.write(&self.sets, at..at + n, me, clock, fenced)
     }
 
+    /// Before [`Self::read`]: the same read as one of `lane`, which comes after what its warp did before its counter was `seen`.
+    #[inline]
+    pub(crate) fn read_by_lane(
+        &mut self,
+        at: usize,
+        n: usize,
+        me: Tag,
+        lane: usize,
+        seen: u32,
+        strong: bool,
+    ) -> Option<(usize, LaneClash)> {
+        let lane = lane as u8;
+        let (tags, writers) = (&self.shadow.writer[at..at + n], &self.lanes.writer[at..at + n]);
+        let mut result = None;
+        let mut last = (0, MANY);
+        for (i, now) in tags.iter().copied().zip(writers.iter().copied()).enumerate() {
+            if now != last {
+                last = now;
+                let (tag, writer) = (Tag(now.0), now.1);
+                if unordered(tag, me, seen) && writer != lane && writer != MANY && !(strong && tag.flag()) {
+                    result = result.or(Some((at + i, LaneClash::Write(writer))));
+                }
+            }
+        }
+        if !strong {
+            let base = u64::from(me.0) << 8;
+            let (one, many) = (base | u64::from(lane), base | u64::from(MANY));
+            for reader in &mut self.lanes.reader[at..at + n] {
+                // the first lane to read in this epoch, or one of several
+                *reader = if *reader ^ base > 255 || *reader == one { one } else { many };
+            }
+        }
+        result
+    }
+
+    /// Before [`Self::write`]: the same write as one of `lane`. One that changes nothing does not clash with another write.
+    #[inline]
+    pub(crate) fn write_by_lane(
+        &mut self,
+        at: usize,
+        n: usize,
+        me: Tag,
+        lane: usize,
+        seen: u32,
+        changes: bool,
+    ) -> Option<(usize, LaneClash)> {
+        let lane = lane as u8;
+        let (tags, writers) = (&self.shadow.writer[at..at + n], &self.lanes.writer[at..at + n]);
+        let readers = &self.lanes.reader[at..at + n];
+        let mut result = None;
+        let mut last = (0, MANY, 0);
+        for i in 0..n {
+            let now = (tags[i], writers[i], readers[i]);
+            if now == last {
+                continue;
+            }
+            last = now;
+            let (tag, writer, read, reader) = (Tag(now.0), now.1, Tag((now.2 >> 8) as u32), now.2 as u8);
+            let clash = if changes
+                && unordered(tag, me, seen)
+                && writer != lane
+                && writer != MANY
+                && !(me.flag() && tag.flag())
+            {
+                LaneClash::Write(writer)
+            } else if read.0 != 0 && unordered(read, me, seen) && reader != lane {
+                LaneClash::Read((reader != MANY).then_some(reader))
+            } else {
+                continue;
+            };
+            result = result.or(Some((at + i, clash)));
+        }
+        self.lanes.writer[at..at + n].fill(lane);
+        result
+    }
+
     /// Changes the writer tag of bytes that `from` wrote: a transfer is complete, and readers must have seen `to`.
     pub(crate) fn retag(&mut self, at: usize, n: usize, from: Tag, to: Tag) {
         for w in &mut self.shadow.writer[at..at + n] {
@@ -244,6 +355,7 @@ impl Shared {
                 *w = to.0;
             }
         }
+        self.lanes.writer[at..at + n].fill(MANY);
     }
 
     /// Bytes nobody may read: `discard` and the end of an mbarrier.

@@ -226,6 +226,8 @@ pub(crate) struct Warp {
     pub loop_limit: u32,
     pub hold: Hold,
     pub clock: Clock,
+    /// What lanes did before their warp's counter reached this is ordered before each lane.
+    pub lane_seen: [u32; 32],
     /// What the asynchronous proxy may rely on.
     pub proxy_clock: Clock,
     /// The clock at the last thread fence: what a relaxed store releases.
@@ -339,6 +341,17 @@ impl Warp {
         self.clock.set(self.component, now + 1);
     }
 
+    /// The lanes of `mask` have synchronised with the rest of their warp: what any lane has done is ordered before what they do.
+    pub(crate) fn meet_lanes(&mut self, mask: u32) {
+        self.tick();
+        let now = self.clock.get(self.component);
+        for (lane, seen) in self.lane_seen.iter_mut().enumerate() {
+            if mask >> lane & 1 != 0 {
+                *seen = now;
+            }
+        }
+    }
+
     pub(crate) fn site(&self) -> Site {
         Site { block: self.block, warp: self.id, pc: self.pc }
     }
@@ -440,6 +453,7 @@ impl Warp {
             loop_limit: crate::exec::LOOPS,
             hold: Hold::None,
             clock,
+            lane_seen: [1; 32],
             proxy_clock: Clock::default(),
             fence_clock: None,
             pending_acquire: Clock::default(),

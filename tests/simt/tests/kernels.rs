@@ -1,6 +1,8 @@
 //! Small kernels, hand-written for these tests, give right results in both modes over many seeds: a reduction, a scan, a transpose, GEMMs with
 //! `mma.sync` and with `wgmma` + TMA, a warp-specialised pipeline, and clusters.
 
+use std::collections::BTreeSet;
+
 use simt::model::mma::{Arch, Numerics};
 use simt::model::smem::Swizzle;
 use simt::model::tensor_map::{ElementType, TensorMap};
@@ -230,6 +232,33 @@ fn warp_specialised_pipeline() {
     }
 }
 
+/// Waits on mbarriers and cluster barriers take as many attempts as the schedule wants; none of them is counted.
+#[test]
+fn counters_do_not_depend_on_the_schedule() {
+    let (pipeline, send) = (load("gemm_pipeline"), load("cluster_send"));
+    let mut counters = [None; 2];
+    let mut steps = [BTreeSet::new(), BTreeSet::new()];
+    for seed in seeds(12) {
+        let mut sim = Sim::new();
+        let (m, n, k) = (64, 128, 512);
+        let (a, b) = (sim.upload(&vec![0x3f80u16; m * k]), sim.upload(&vec![0x3f80u16; n * k]));
+        let c = sim.alloc(4 * (m * n) as u64);
+        let map_c = TensorMap::dense(ElementType::F32, c, &[n as u64, m as u64], &[32, 64], Swizzle::B128);
+        let (map_a, map_b) = (bf16_map(a, m, k, 64), bf16_map(b, n, k, 128));
+        let launch =
+            Launch::new([1, 1, 1], [256, 1, 1]).smem(106_544).arg(&map_a).arg(&map_b).arg(&map_c).arg(k as u32);
+        let first = clean(&mut sim, &pipeline, "gemm_pipeline", &launch.seed(seed));
+        let (input, out) = (sim.upload(&[1u32; 512]), sim.alloc(2048));
+        let launch = Launch::new([4, 1, 1], [128, 1, 1]).cluster([2, 1, 1]).arg(input).arg(out).seed(seed);
+        let second = clean(&mut sim, &send, "cluster_send", &launch);
+        for (i, report) in [first, second].into_iter().enumerate() {
+            assert_eq!(*counters[i].get_or_insert(report.counters), report.counters, "{}, seed {seed}", report.kernel);
+            steps[i].insert(report.steps);
+        }
+    }
+    assert!(steps.iter().all(|s| s.len() > 1 || std::env::var_os("SIMT_SEED").is_some()), "the schedules differ");
+}
+
 #[test]
 fn cluster_sum_through_distributed_shared_memory() {
     let module = load("cluster_sum");
@@ -300,7 +329,8 @@ fn split_mode_shows_a_missing_warp_barrier() {
         let mut sim = Sim::new();
         let out = sim.alloc(128);
         let launch = Launch::new([1, 1, 1], [32, 1, 1]).arg(out).seed(seed).mode(mode);
-        sim.launch(&module, "warp_exchange", &launch).unwrap();
+        let report = sim.launch(&module, "warp_exchange", &launch).unwrap();
+        assert!(report.has(Finding::SharedRace), "{report}");
         sim.read::<u32>(out, 32)
     };
     assert!((0..20).all(|seed| run(seed, Mode::LockStep) == right));

@@ -99,6 +99,7 @@ fn release(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, number: usize) {
         let warp = &mut cl.warps[other];
         warp.hold = Hold::None;
         warp.clock.join(&bar.clock);
+        warp.meet_lanes(u32::MAX);
         warp.proxy_clock.join(&bar.proxy_clock);
         if bar.reduces {
             // The warp stands behind its barrier, except the one that opens it.
@@ -162,6 +163,7 @@ fn open_cluster(cl: &mut Cluster) {
         if warp.hold == Hold::Cluster {
             warp.hold = Hold::None;
             warp.clock.join(&cl.hopper.barrier.done_clock);
+            warp.meet_lanes(u32::MAX);
             warp.proxy_clock.join(&cl.hopper.barrier.done_proxy_clock);
             warp.hopper.cluster_arrived = false;
         }
@@ -186,6 +188,7 @@ pub(super) fn cluster_wait(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, instr: &
     if warp.hopper.cluster_phase < cl.hopper.barrier.phase {
         warp.hopper.cluster_arrived = false;
         warp.clock.join(&cl.hopper.barrier.done_clock);
+        warp.meet_lanes(u32::MAX);
         warp.proxy_clock.join(&cl.hopper.barrier.done_proxy_clock);
         return Flow::Next;
     }

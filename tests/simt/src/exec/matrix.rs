@@ -1,6 +1,6 @@
 //! `ldmatrix`, `stmatrix`, `movmatrix` and `mma.sync` (PTX ISA 9.7.14.5).
 
-use super::memory::{self, clash_finding};
+use super::memory::{self, clash_finding, lane_race};
 use super::{Flow, aligned, check, store};
 use crate::finding::Finding;
 use crate::model::fragment::{self, Fragment};
@@ -29,9 +29,13 @@ pub(super) fn execute(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, instr: &Instr
             for (n, &d) in d.iter().enumerate() {
                 for (r, row) in matrix.iter_mut().enumerate() {
                     let at = rows[8 * n + r] as usize;
+                    let lane = 8 * n + r;
+                    if let Some(clash) = cta.shared.read_by_lane(at, 16, tag, lane, warp.lane_seen[lane], false) {
+                        lane_race(cx, site, lane, clash, "read");
+                    }
                     if let Some((byte, clash)) = cta.shared.read(at, 16, tag, &warp.clock, false, None) {
                         let (finding, values) = clash_finding(parties, clash, byte, false);
-                        cx.report(site, Some((8 * n + r) as u32), finding, values);
+                        cx.report(site, Some(lane as u32), finding, values);
                     }
                     row.copy_from_slice(&cta.shared.data[at..at + 16]);
                 }
@@ -48,9 +52,13 @@ pub(super) fn execute(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, instr: &Instr
                 let reg = warp.get(cx.kernel, a).map(|v| v as u32);
                 for (r, row) in fragment::store_matrix(&reg, *trans).iter().enumerate() {
                     let at = rows[8 * n + r] as usize;
+                    let (lane, changes) = (8 * n + r, cta.shared.data[at..at + 16] != *row);
+                    if let Some(clash) = cta.shared.write_by_lane(at, 16, tag, lane, warp.lane_seen[lane], changes) {
+                        lane_race(cx, site, lane, clash, "write");
+                    }
                     if let Some((byte, clash)) = cta.shared.write(at, 16, tag, &warp.clock, None) {
                         let (finding, values) = clash_finding(parties, clash, byte, true);
-                        cx.report(site, Some((8 * n + r) as u32), finding, values);
+                        cx.report(site, Some(lane as u32), finding, values);
                     }
                     cta.shared.data[at..at + 16].copy_from_slice(row);
                 }

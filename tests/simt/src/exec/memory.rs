@@ -6,7 +6,7 @@ use crate::finding::Finding;
 use crate::global::GlobalFault;
 use crate::model::float::{self, BF16, F16, F32, Mods, RN};
 use crate::op::{Access, Addr, Atom, AtomOp, AtomType, Lanes, Order, Space, Src};
-use crate::shadow::Clash;
+use crate::shadow::{Clash, LaneClash};
 use crate::state::{Cluster, Cta, Cx, Party, Site, Warp, resolve, shared_target};
 use crate::window;
 
@@ -155,6 +155,18 @@ pub(crate) fn global_fault(cx: &mut Cx<'_>, site: Site, lane: usize, address: u6
     cx.report(site, Some(lane as u32), finding, values);
 }
 
+/// Reports a race in shared memory between lanes of one warp.
+#[cold]
+pub(crate) fn lane_race(cx: &mut Cx<'_>, site: Site, lane: usize, (byte, clash): (usize, LaneClash), me: &str) {
+    let (other, what) = match clash {
+        LaneClash::Write(other) => (format!("lane {other}"), "write"),
+        LaneClash::Read(Some(other)) => (format!("lane {other}"), "read"),
+        LaneClash::Read(None) => ("other lanes".to_string(), "read"),
+    };
+    let values = format!("{me} of shared byte {byte:#x}, after a {what} by {other} of this warp without bar.warp.sync");
+    cx.report(site, Some(lane as u32), Finding::SharedRace, values);
+}
+
 /// Reports a race in global memory between warps of one cluster.
 #[cold]
 pub(crate) fn global_race(
@@ -197,6 +209,7 @@ fn acquire(
     if let Some(clock) = seen {
         if order.acquires() {
             warp.clock.join(clock);
+            warp.meet_lanes(u32::MAX);
         } else {
             warp.pending_acquire.join(clock);
         }
@@ -231,7 +244,7 @@ pub(super) fn fence(warp: &mut Warp, wide: bool) {
     warp.clock.join(&pending);
     warp.fence_clock = Some(warp.clock.clone());
     warp.fenced_wide |= wide;
-    warp.tick();
+    warp.meet_lanes(u32::MAX);
 }
 
 /// Counts the requests of an access by space.
@@ -293,6 +306,9 @@ pub(super) fn load(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, access: &Access,
         match place {
             Place::Shared(rank, at) => {
                 let shared = &mut ctas[rank].shared;
+                if let Some(clash) = shared.read_by_lane(at, total, tag, lane, warp.lane_seen[lane], strong) {
+                    lane_race(cx, site, lane, clash, "read");
+                }
                 if let Some((byte, clash)) = shared.read(at, total, tag, &warp.clock, strong, None) {
                     let (finding, values) = clash_finding(parties, clash, byte, false);
                     cx.report(site, Some(lane as u32), finding, values);
@@ -383,6 +399,11 @@ pub(super) fn store(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, access: &Access
         match place {
             Place::Shared(rank, at) => {
                 let shared = &mut ctas[rank].shared;
+                // An equal value changes nothing, whichever store comes last.
+                let changes = shared.data[at..at + total] != *data;
+                if let Some(clash) = shared.write_by_lane(at, total, tag, lane, warp.lane_seen[lane], changes) {
+                    lane_race(cx, site, lane, clash, "write");
+                }
                 if let Some((byte, clash)) = shared.write(at, total, tag, &warp.clock, None) {
                     let (finding, values) = clash_finding(parties, clash, byte, true);
                     cx.report(site, Some(lane as u32), finding, values);
@@ -547,6 +568,10 @@ pub(super) fn atomic(cx: &mut Cx<'_>, cl: &mut Cluster, w: usize, atom: &Atom, m
         match place {
             Place::Shared(rank, at) => {
                 let shared = &mut ctas[rank].shared;
+                let seen = warp.lane_seen[lane];
+                if let Some(clash) = shared.write_by_lane(at, size, tag, lane, seen, true) {
+                    lane_race(cx, site, lane, clash, "atomic");
+                }
                 let clash = shared.read(at, size, tag, &warp.clock, true, None);
                 if let Some((byte, clash)) = clash.or(shared.write(at, size, tag, &warp.clock, None)) {
                     let (finding, values) = clash_finding(parties, clash, byte, true);

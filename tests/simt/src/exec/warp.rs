@@ -42,7 +42,10 @@ fn meet(cx: &mut Cx<'_>, warp: &mut Warp, instr: &Instr, members: Src) -> Result
 
 pub(super) fn bar_warp(cx: &mut Cx<'_>, warp: &mut Warp, instr: &Instr, members: Src) -> Flow {
     match meet(cx, warp, instr, members) {
-        Ok(_) => Flow::Next,
+        Ok(mask) => {
+            warp.meet_lanes(mask);
+            Flow::Next
+        }
         Err(flow) => flow,
     }
 }

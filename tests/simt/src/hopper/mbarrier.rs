@@ -299,6 +299,7 @@ fn wait(
             }
             if !op.relaxed {
                 warp.clock.join(&m.done_clock);
+                warp.meet_lanes(u32::MAX);
                 warp.proxy_clock.join(&m.done_proxy_clock);
             }
             warp.hopper.waiting = None;
