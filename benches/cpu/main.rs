@@ -29,7 +29,7 @@ use gatefold::cpu::{Cpu, Float};
 use gatefold::spec::{HfConfig, Layer, Mlp, Moe};
 use std::time::{Duration, Instant};
 use support::array::Array;
-use support::measure::ulp;
+use support::measure::near;
 use support::random::Maker;
 use support::roof::Roof;
 
@@ -190,18 +190,7 @@ pub fn samples(rows: usize) -> Vec<usize> {
     samples
 }
 
-/// Panics if the answer is not the reference's. Of a row's largest number, the error may be two units in the last place of the
-/// type (rounding of the result and of what is kept in that type on the way) and 1e-5 (sums in f32): enough to find a bench
-/// that computes something else. The tests hold the sharper contract.
+/// Panics if the answer is not the reference's, as [`near`] judges.
 pub fn check<T: Float>(what: &str, got: &Array<T>, truth: &Array<f64>) {
-    assert_eq!(got.shape, truth.shape, "{what}");
-    let width = truth.shape[truth.shape.len() - 1];
-    for (row, (got, truth)) in got.data.chunks(width).zip(truth.data.chunks(width)).enumerate() {
-        let top = truth.iter().fold(0.0f64, |top, x| top.max(x.abs()));
-        let allowed = 2.0 * ulp(T::DTYPE, top) + 1e-5 * top;
-        for (i, (x, y)) in got.iter().zip(truth).enumerate() {
-            let is_near = (x.to_f64() - y).abs() <= allowed;
-            assert!(is_near, "{what}, row {row}: [{i}] is {x:?}, the reference says {y}; allowed error: {allowed:.1e}");
-        }
-    }
+    near(got, truth).unwrap_or_else(|problem| panic!("{what}, {problem}"));
 }

@@ -1,5 +1,6 @@
 //! Measures of error: the golden files' own, and the bound of the numerical contract.
 
+use super::array::Array;
 use gatefold::{Dtype, Element};
 
 /// `max |a - b| / max(1, max |b|)`; NaN counts as infinite.
@@ -62,4 +63,24 @@ impl Contract {
     pub fn holds(&self) -> bool {
         self.worst <= 1.0
     }
+}
+
+/// Says where an answer is not the reference's. Of a row's largest number, the error may be two units in the last place of the
+/// type (rounding of the result and of what is kept in that type on the way) and 1e-5 (sums in f32): enough to find a call
+/// that computes something else. The tests hold the sharper contract.
+pub fn near<T: Element>(got: &Array<T>, truth: &Array<f64>) -> Result<(), String> {
+    if got.shape != truth.shape {
+        return Err(format!("shape {:?}, the reference says {:?}", got.shape, truth.shape));
+    }
+    let width = truth.shape.last().copied().unwrap_or(1).max(1);
+    for (row, (got, truth)) in got.data.chunks(width).zip(truth.data.chunks(width)).enumerate() {
+        let top = truth.iter().fold(0.0f64, |top, x| top.max(x.abs()));
+        let allowed = 2.0 * ulp(T::DTYPE, top) + 1e-5 * top;
+        for (i, (x, y)) in got.iter().zip(truth).enumerate() {
+            if (x.to_f64() - y).abs() > allowed || x.to_f64().is_nan() {
+                return Err(format!("row {row}: [{i}] is {x:?}, the reference says {y}; allowed error: {allowed:.1e}"));
+            }
+        }
+    }
+    Ok(())
 }

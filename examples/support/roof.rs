@@ -1,4 +1,5 @@
-//! The machine's limits, measured: multiply-adds and bytes from memory, with all threads of the current rayon pool.
+//! The machine's limits, measured: multiply-adds, bytes from memory and from the caches, with all threads of the current rayon
+//! pool.
 //!
 //! Other load only ever makes a machine slower, so the best of thousands of short rounds counts: one that nobody disturbed, the
 //! clock and the vector units long up to speed. All threads do a round at the same time, each on a core of its own.
@@ -39,13 +40,77 @@ impl Roof {
     }
 }
 
+/// Everything that [`Roof`] holds, for every kind of arithmetic and every level of memory. What a machine or a level does not
+/// have, or does not tell, is 0.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Limits {
+    /// Threads that were measured together.
+    pub threads: usize,
+    /// FLOP/s of f32 multiply-adds.
+    pub single: f64,
+    /// FLOP/s of multiply-adds of pairs of bf16.
+    pub pairs: f64,
+    /// Bytes per second read from each thread's second level of cache.
+    pub l2: f64,
+    /// Bytes per second read from the third level, by all threads together.
+    pub l3: f64,
+    /// Bytes per second read from memory.
+    pub memory: f64,
+}
+
+impl Limits {
+    /// Measures all; takes about two seconds.
+    pub fn measure(level: &str) -> Limits {
+        let threads = rayon::current_num_threads();
+        let (l2, l3) = (cache_bytes(2), cache_bytes(3));
+        // Well inside the one cache, well outside the one before. Other machines may share a third level with this one.
+        let (in_l2, in_l3) = (l2 / 2, (2 * l2).max((l3 / (2 * threads)).min(6 * MIB)));
+        Limits {
+            threads,
+            single: flops(level, false),
+            pairs: if level == "avx512bf16" { flops(level, true) } else { 0.0 },
+            l2: if l2 > 0 { cached(in_l2) } else { 0.0 },
+            l3: if l3 > 0 { cached(in_l3) } else { 0.0 },
+            memory: bandwidth(),
+        }
+    }
+
+    /// The better of two measurements, each number by itself.
+    pub fn max(self, other: Limits) -> Limits {
+        Limits {
+            threads: self.threads,
+            single: self.single.max(other.single),
+            pairs: self.pairs.max(other.pairs),
+            l2: self.l2.max(other.l2),
+            l3: self.l3.max(other.l3),
+            memory: self.memory.max(other.memory),
+        }
+    }
+
+    /// What bounds work on one element type.
+    pub fn roof(&self, is_bf16: bool) -> Roof {
+        let flops = if is_bf16 && self.pairs > 0.0 { self.pairs } else { self.single };
+        Roof { flops, bytes: self.memory }
+    }
+}
+
+/// Bytes of a level of cache, 0 where the system does not tell.
+fn cache_bytes(level: usize) -> usize {
+    let read = |index: usize, what: &str| {
+        let path = format!("/sys/devices/system/cpu/cpu0/cache/index{index}/{what}");
+        Some(std::fs::read_to_string(path).ok()?.trim().to_string())
+    };
+    let size = |index: usize| {
+        let is_it = read(index, "level")? == level.to_string() && read(index, "type")? != "Instruction";
+        let kib: usize = read(index, "size")?.strip_suffix('K')?.parse().ok()?;
+        is_it.then_some(kib * 1024)
+    };
+    (0..8).find_map(size).unwrap_or(0)
+}
+
 /// Bytes of the last level of cache, where the system tells.
 pub fn last_level_cache() -> Option<f64> {
-    let size = |level: usize| {
-        let path = format!("/sys/devices/system/cpu/cpu0/cache/index{level}/size");
-        std::fs::read_to_string(path).ok()?.trim().strip_suffix('K')?.parse::<f64>().ok()
-    };
-    (0..8).filter_map(size).reduce(f64::max).map(|kib| kib * 1024.0)
+    (1..=4).map(cache_bytes).filter(|bytes| *bytes > 0).max().map(|bytes| bytes as f64)
 }
 
 /// Seconds of the fastest round in `duration`. Every thread of the pool calls `work(round, thread)` once in each, all at the
@@ -178,7 +243,7 @@ fn portable() -> f32 {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::ROUNDS;
+    use super::{Line, ROUNDS};
     use std::arch::x86_64::*;
     use std::array::from_fn;
     use std::hint::black_box;
@@ -227,6 +292,27 @@ mod x86 {
         let sum = acc.iter().fold(_mm256_setzero_ps(), |s, x| _mm256_add_ps(s, *x));
         _mm_cvtss_f32(_mm256_castps256_ps128(sum))
     }
+
+    /// 64 bytes a load.
+    #[target_feature(enable = "avx512f")]
+    pub fn read_zmm(lines: &[Line]) -> u64 {
+        let quarter = lines.len() / 4;
+        let streams = [0, 1, 2, 3].map(|stream| &lines[stream * quarter..][..quarter]);
+        let mut sums = [_mm512_setzero_si512(); 4];
+        for line in 0..quarter {
+            for (sum, stream) in sums.iter_mut().zip(streams) {
+                // SAFETY: a `Line` is 64 bytes.
+                *sum = _mm512_xor_si512(*sum, unsafe { _mm512_load_si512((&raw const stream[line]).cast()) });
+            }
+        }
+        sums.iter().fold(0, |all, sum| all ^ _mm512_reduce_add_epi64(*sum) as u64)
+    }
+
+    /// 32 bytes a load.
+    #[target_feature(enable = "avx2")]
+    pub fn read_ymm(lines: &[Line]) -> u64 {
+        super::read_any(lines)
+    }
 }
 
 /// A line of cache.
@@ -252,10 +338,37 @@ fn bandwidth() -> f64 {
     (threads * piece * size_of::<Line>()) as f64 / seconds
 }
 
+/// Bytes per second of reading again and again: on each thread so many bytes of its own, which stay in a cache.
+fn cached(bytes: usize) -> f64 {
+    let (threads, part) = (rayon::current_num_threads(), bytes / size_of::<Line>());
+    let data: Vec<Line> = (0..threads * part).into_par_iter().map(|i| Line([i as u64; 8])).collect();
+    let times = (PIECE / bytes).max(1);
+    let seconds = fastest_round(Duration::from_millis(300), |_, thread| {
+        for _ in 0..times {
+            black_box(read(black_box(&data[thread * part..(thread + 1) * part])));
+        }
+    });
+    (threads * times * part * size_of::<Line>()) as f64 / seconds
+}
+
+/// Reads all lines with the widest loads there are.
+fn read(lines: &[Line]) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: AVX-512 F was detected.
+        return unsafe { x86::read_zmm(lines) };
+    } else if is_x86_feature_detected!("avx2") {
+        // SAFETY: AVX2 was detected.
+        return unsafe { x86::read_ymm(lines) };
+    }
+    read_any(lines)
+}
+
 /// Reads all lines, as four streams, which the hardware prefetches each by itself: while one stops at the end of a page, three
 /// go on. 2 threads of a Zen 5 so reach 80 GB/s, 67 with one stream, 30 with sixteen (more than the prefetcher follows); AVX-512
 /// loads make it 81, prefetch instructions 63 to 79, and huge pages change nothing.
-fn read(lines: &[Line]) -> u64 {
+#[inline(always)]
+fn read_any(lines: &[Line]) -> u64 {
     let quarter = lines.len() / 4;
     let streams = [0, 1, 2, 3].map(|stream| &lines[stream * quarter..][..quarter]);
     let mut sums = [0u64; 8];
