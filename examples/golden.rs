@@ -13,6 +13,7 @@ mod support;
 use clap::{Parser, ValueEnum};
 use gatefold::Dtype;
 use gatefold::cpu::Level;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use support::golden::{Case, Line, Outcome, Runner};
@@ -80,6 +81,7 @@ fn run(options: &Options) -> Result<bool, String> {
     files.retain(|path| path.extension().is_some_and(|e| e == "safetensors"));
     files.sort();
     let (mut ok, mut failed, mut unsupported) = (0, 0, 0);
+    let mut stdout = std::io::stdout().lock();
     for path in &files {
         let file = path.file_stem().unwrap_or_default().to_string_lossy();
         let lines = match Case::read(path) {
@@ -87,22 +89,15 @@ fn run(options: &Options) -> Result<bool, String> {
             Err(what) => vec![Line { section: "-".into(), used: "-".into(), outcome: Outcome::Fail { what } }],
         };
         for Line { section, used, outcome } in lines {
-            match outcome {
-                Outcome::Ok { error, tolerance } => {
-                    ok += 1;
-                    println!("ok          {file:42} {section:9} {used:16} {error:.1e} of {tolerance:.0e}");
-                }
-                Outcome::Fail { what } => {
-                    failed += 1;
-                    println!("FAIL        {file:42} {section:9} {used:16} {what}");
-                }
-                Outcome::Unsupported { why } => {
-                    unsupported += 1;
-                    println!("unsupported {file:42} {section:9} {used:16} {why}");
-                }
-            }
+            let (count, word, text) = match outcome {
+                Outcome::Ok { error, tolerance } => (&mut ok, "ok", format!("{error:.1e} of {tolerance:.0e}")),
+                Outcome::Fail { what } => (&mut failed, "FAIL", what),
+                Outcome::Unsupported { why } => (&mut unsupported, "unsupported", why),
+            };
+            *count += 1;
+            writeln!(stdout, "{word:11} {file:42} {section:9} {used:16} {text}").map_err(|e| e.to_string())?;
         }
     }
-    println!("{ok} ok, {failed} failed, {unsupported} unsupported");
+    writeln!(stdout, "{ok} ok, {failed} failed, {unsupported} unsupported").map_err(|e| e.to_string())?;
     Ok(failed == 0)
 }

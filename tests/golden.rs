@@ -45,7 +45,9 @@ fn check(files: &[PathBuf], runner: Runner, dtype: Dtype) -> usize {
 
 #[test]
 fn reference() {
-    assert!(check(&files(&golden()), Runner::Reference, Dtype::F32) > 100);
+    for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+        assert!(check(&files(&golden()), Runner::Reference, dtype) > 100);
+    }
 }
 
 #[test]

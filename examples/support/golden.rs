@@ -8,6 +8,7 @@ use super::cpu::CpuBackend;
 use super::layer::{AttentionWeights, Cache, LayerWeights, NormWeights, Options, PackedLayer, Projection, Rows, run};
 use super::measure::{Contract, relative_error};
 use super::naive::Naive;
+use super::stored::Stored;
 use super::tensors::Tensors;
 use gatefold::args::{
     AttentionInput, AttentionOutput, Kv, MoeInput, MoeOutput, RouteInput, RouteOutput, Routing, WkvInput, WkvOutput,
@@ -187,19 +188,21 @@ impl Case {
     /// Runs one section.
     pub fn run(&self, section: &str, runner: Runner, dtype: Dtype) -> Vec<Line> {
         let (used, result) = match runner {
-            Runner::Reference if dtype == Dtype::F32 => {
-                ("reference".into(), self.against_file(section, &mut Reference, "f64"))
-            }
             Runner::Reference => {
-                let why = "the reference computes in f64; run it with --dtype f32";
-                ("reference".into(), Err(Stop::Unsupported(why.into())))
+                let result = match dtype {
+                    Dtype::F32 => self.against_file(section, &mut Reference, "f64"),
+                    Dtype::BF16 => self.against_reference(section, &mut Stored::<bf16>::default()),
+                    Dtype::F16 => self.against_reference(section, &mut Stored::<f16>::default()),
+                    other => Err(Stop::Unsupported(format!("element type {other}"))),
+                };
+                ("reference".into(), result)
             }
             Runner::Cpu(level) => {
                 let cpu = Cpu::with_level(level);
                 let result = match dtype {
                     Dtype::F32 => self.against_file(section, &mut CpuBackend::<f32>::new(cpu), "f32"),
-                    Dtype::BF16 => self.against_reference::<bf16>(section, cpu),
-                    Dtype::F16 => self.against_reference::<f16>(section, cpu),
+                    Dtype::BF16 => self.against_reference(section, &mut CpuBackend::<bf16>::new(cpu)),
+                    Dtype::F16 => self.against_reference(section, &mut CpuBackend::<f16>::new(cpu)),
                     other => Err(Stop::Unsupported(format!("element type {other}"))),
                 };
                 (format!("cpu {}", level.name()), result)
@@ -920,10 +923,9 @@ impl Case {
     }
 
     /// bf16 and f16: inputs and weights rounded, the reference on those is the truth, the numerical contract the bound.
-    fn against_reference<T: Float>(&self, section: &str, cpu: Cpu) -> Answer<Sections> {
-        let (level, dtype) = (cpu.level(), T::DTYPE);
-        let mut b = CpuBackend::<T>::new(cpu);
-        let mut naive = Naive::<T>::for_level(level.name());
+    fn against_reference<T: Float, B: Backend<A = T>>(&self, section: &str, b: &mut B) -> Answer<Sections> {
+        let dtype = T::DTYPE;
+        let mut naive = Naive::<T>::for_level(&b.name());
         let mut truth = Reference;
         let mut c = Collected::new(1.0);
         let contract = |width: usize, got: &[T], naive: &[T], truth: &[f64]| {
@@ -935,7 +937,7 @@ impl Case {
             "attn" => {
                 let dead = self.fully_masked();
                 for dense in if self.has_bias_table() { vec![true, false] } else { vec![true] } {
-                    let got = self.attention(&mut b, dtype, dense)?;
+                    let got = self.attention(b, dtype, dense)?;
                     let other = self.attention(&mut naive, dtype, dense)?;
                     let exact = self.attention(&mut truth, dtype, dense)?;
                     let width = got.shape[2];
@@ -949,7 +951,7 @@ impl Case {
                 let arrays = self.moe_arrays(&spec, dtype)?;
                 let exact = self.routed(&mut truth, &spec, &arrays, dtype, None)?;
                 let replay = (&exact.logits, &exact.routing);
-                let got = self.routed(&mut b, &spec, &arrays, dtype, Some(replay))?;
+                let got = self.routed(b, &spec, &arrays, dtype, Some(replay))?;
                 let other = self.routed(&mut naive, &spec, &arrays, dtype, Some(replay))?;
                 let (experts, hidden) = (spec.router.num_experts, spec.experts.ffn.hidden_size);
                 let mut logits = Contract::default();
@@ -983,7 +985,7 @@ impl Case {
                     let exact = self.layer(&mut truth, dtype, &options)?;
                     let moe = matches!(self.layer_spec()?.mlp, Mlp::Moe(_));
                     let replay = Options { replay: moe.then_some(exact.routing), ..options };
-                    let got = self.layer(&mut b, dtype, &replay)?;
+                    let got = self.layer(b, dtype, &replay)?;
                     let other = self.layer(&mut naive, dtype, &replay)?;
                     let hidden = got.out.shape[1];
                     let live = self.live_rows(got.out.shape[0]);
@@ -993,14 +995,14 @@ impl Case {
                 }
             }
             "wkv" => {
-                let (got, state) = self.wkv(&mut b, dtype)?;
+                let (got, state) = self.wkv(b, dtype)?;
                 let (other, other_state) = self.wkv(&mut naive, dtype)?;
                 let (exact, exact_state) = self.wkv(&mut truth, dtype)?;
                 let width = got.shape[2];
                 c.contract("wkv.out", contract(width, &got.data, &other.data, &exact.data));
                 if let (Some(got), Some(other), Some(exact)) = (state, other_state, exact_state) {
                     let mut contract = Contract::default();
-                    contract.rows(Dtype::F32, width, &got.data, &other.data, &exact.data);
+                    contract.rows(Dtype::F32, width, &got.cast::<f32>().data, &other.data, &exact.data);
                     c.contract("wkv.state_out", contract);
                 }
             }

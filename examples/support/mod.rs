@@ -16,6 +16,7 @@ pub mod measure;
 pub mod naive;
 pub mod random;
 pub mod roof;
+pub mod stored;
 pub mod tensors;
 pub mod textbook;
 pub mod verify;
