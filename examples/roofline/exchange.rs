@@ -1,12 +1,12 @@
 //! How other programs get the same numbers: raw files with a table of what is in them, and calls on command.
 //!
 //! A folder has one file of raw little-endian bits per array, and `arrays.json`, which gives file, type, shape, strides and start
-//! of each, in elements. [`serve`] reads commands from its input, one a line, and answers each with a line of JSON:
+//! of each, in elements. [`serve`] reads commands from its input, fields separated by tabs, and answers each with a line of JSON:
 //!
 //! ```text
-//! prepare W1 bf16 FOLDER    makes and checks a workload, writes its inputs and answers into the folder
-//! run gatefold 5            calls five times: {"seconds": [...]}
-//! limits                    measures the machine's limits for as many threads
+//! prepare  W1  bf16  FOLDER    makes and checks a workload, writes its inputs and answers into the folder
+//! run  gatefold  5             calls five times: {"seconds": [...]}
+//! limits                       measures the machine's limits for as many threads
 //! ```
 
 use crate::job::{Job, Kept, prepare};
@@ -103,7 +103,7 @@ pub fn serve(level: Level) -> Result<(), String> {
         if std::io::stdin().read_line(&mut input).map_err(|e| e.to_string())? == 0 {
             return Ok(());
         }
-        let answer = match input.split_whitespace().collect::<Vec<_>>()[..] {
+        let answer = match input.trim_end().split('\t').collect::<Vec<_>>()[..] {
             ["prepare", id, dtype, folder] => {
                 job = None; // its memory, before the next one's
                 start(id, dtype, Path::new(folder), level).map(|(made, answer)| {

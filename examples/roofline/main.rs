@@ -9,7 +9,8 @@
 //!
 //! Rate and share are of the median call; the fastest is told, too, since other load only ever makes a call slower. Limits are
 //! the best of thousands of short rounds, measured before and after. A share is the least time that the limits allow over the
-//! time taken: the longer of arithmetic and of reading every input once from memory. Goals are shares of the limit. `--serve` is for the comparison with other libraries, in `benches/compare/cpu`.
+//! time taken: the longer of arithmetic and of reading every input once from memory. Goals are shares of the limit.
+//! `--serve` is for the comparison with other libraries, in `benches/compare/cpu`.
 
 mod exchange;
 mod job;
