@@ -200,6 +200,7 @@ def measure(programs, workload, dtype, folder, options):
                 "note": row["note"],
                 "calls": row["calls"],
                 "others_cpu": statistics.median(row["others"]),
+                "others_cpus": row["others"],
                 "flops": about["flops"],
                 "bytes": about["bytes"],
                 "is_decode": about["is_decode"],
@@ -235,12 +236,13 @@ def table(report):
         f"{report['remark'] + ' ' if report['remark'] else ''}Other processes used {report['others_cpu']:.2f} CPUs meanwhile (median).",
         "",
         "Time: median over the rounds of each round's median call. Ratio: time of the peer over time of gatefold in the same round,",
-        "median (least to greatest); below 1 the peer is faster. Fastest: the same ratio of the fastest calls of all rounds, which",
-        "other load disturbs least. Of limit: gatefold's share of what the machine allows, its median call (its fastest). Error: of",
+        "median (least to greatest); below 1 the peer is faster. Fastest: the same ratio of the fastest calls of all rounds; on a busy",
+        "machine short calls find a quiet moment, long ones do not. Load: CPUs that other processes used during gatefold's calls and",
+        "during the peer's, medians. Of limit: gatefold's share of what the machine allows, its median call (its fastest). Error: of",
         "the peer's answer against gatefold's, largest over all rows, relative to the row's length.",
         "",
-        "| workload | type | gatefold | of limit | peer | its time | ratio | fastest | error |",
-        "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+        "| workload | type | gatefold | of limit | peer | its time | ratio | fastest | load | error |",
+        "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     own = {(r["workload"], r["dtype"]): r for r in report["results"] if r["variant"] == "gatefold"}
     with_peers = {(r["workload"], r["dtype"]) for r in report["results"] if r["variant"] != "gatefold"}
@@ -261,13 +263,13 @@ def table(report):
     for result in report["results"]:
         key = result["workload"], result["dtype"]
         if result["variant"] == "gatefold":
-            lines += [left(result) + "| none | – | – | – | – |"] if key not in with_peers else []
+            lines += [left(result) + "| none | – | – | – | – | – |"] if key not in with_peers else []
             continue
         spread = f"({min(result['ratios']):.2f} to {max(result['ratios']):.2f})"
         error = f"{result['error']:.0e}" + (f"; {result['note']}" if result["note"] else "")
         lines.append(
             left(own[key]) + f"| {result['variant']} | {ms(result['median_ms'])} | {number(result['ratio'])} {spread} "
-            f"| {number(result['fastest_ratio'])} | {error} |"
+            f"| {number(result['fastest_ratio'])} | {own[key]['others_cpu']:.1f}, {result['others_cpu']:.1f} | {error} |"
         )
     if report["missing"]:
         lines += ["", "Not measured:", ""]
