@@ -77,9 +77,15 @@ fn shapes() {
             check_all(&options, rng.next());
         }
     }
-    for (heads, dims) in
-        [((2, 1), (128, 128)), ((16, 1), (576, 512)), ((3, 3), (192, 128)), ((40, 1), (24, 24)), ((1, 1), (2, 300))]
-    {
+    // Ten key/value heads: one token's stand in blocks of eight and two.
+    for (heads, dims) in [
+        ((2, 1), (128, 128)),
+        ((16, 1), (576, 512)),
+        ((3, 3), (192, 128)),
+        ((40, 1), (24, 24)),
+        ((1, 1), (2, 300)),
+        ((20, 10), (40, 24)),
+    ] {
         let mut options = AttentionOptions::new(heads, 0, &[(9, 70), (1, 600)]);
         options.dims = dims;
         options.mask = causal();

@@ -2,6 +2,7 @@
 
 mod block;
 mod merge;
+mod narrow;
 mod operand;
 mod plan;
 mod problem;
@@ -96,7 +97,7 @@ pub fn attention_workspace_bytes<T: Float>(
         fn eval<S: Simd>(self, _: S) -> usize {
             let Bytes(spec, shape, has_added, _) = self;
             let depth = if takes_pairs::<S, T>() { u32::DEPTH } else { f32::DEPTH };
-            workspace_bytes(spec, &plan::<S>(spec, shape, depth, has_added))
+            workspace_bytes(spec, &plan::<S, T>(spec, shape, depth, has_added))
         }
     }
     dispatch(cpu.level, Bytes(spec, shape, has_added, PhantomData::<T>))
@@ -107,8 +108,9 @@ const fn takes_pairs<S: Simd, T: Float>() -> bool {
     S::HAS_DOT_BF16 && matches!(T::DTYPE, Dtype::BF16)
 }
 
-fn plan<S: Simd>(spec: &Attention, shape: &AttentionShape, depth: usize, has_added: bool) -> Plan {
-    Plan::new(spec, shape, Costs { lanes: S::LANES, depth, threads: parallel::max_workers(), has_added })
+fn plan<S: Simd, T: Float>(spec: &Attention, shape: &AttentionShape, depth: usize, has_added: bool) -> Plan {
+    let (narrow_rows, threads) = (narrow::most_rows::<S, T>(), parallel::max_workers());
+    Plan::new(spec, shape, Costs { lanes: S::LANES, depth, narrow_rows, threads, has_added })
 }
 
 fn workspace_bytes(spec: &Attention, plan: &Plan) -> usize {
@@ -122,7 +124,6 @@ fn workspace_bytes(spec: &Attention, plan: &Plan) -> usize {
     parts.into_iter().fold(0, usize::saturating_add)
 }
 
-/// A checked call.
 /// A checked call.
 pub struct Call<'a, 'b, T> {
     cpu: &'a mut Cpu,
@@ -148,7 +149,7 @@ impl<T: Float> Kernel for Call<'_, '_, T> {
 fn run<S: Simd, T: Float, E: Operand>(simd: S, call: Call<'_, '_, T>) {
     let Call { cpu, spec, input, output, shape } = call;
     let has_added = input.mask.is_some() || input.bias.is_some() || input.relative_bias.is_some();
-    let plan = plan::<S>(spec, &shape, E::DEPTH, has_added);
+    let plan = plan::<S, T>(spec, &shape, E::DEPTH, has_added);
     let mut carver = cpu.workspace.carve(workspace_bytes(spec, &plan));
     let items = carver.part::<Item>(plan.max_items);
     let counters = carver.part::<u32>(plan.max_counters);

@@ -160,6 +160,36 @@ pub trait Simd: Copy + Send + Sync + 'static {
         self.fma(self.even(a), self.even(b), acc)
     }
 
+    /// The bits of the first `LANES` pairs of neighbours. Panics if there are fewer.
+    #[inline(always)]
+    fn load_neighbours(self, src: &[bf16]) -> Self::F32 {
+        let mut all = [0.0; MAX_LANES];
+        for (all, pair) in all.iter_mut().zip(src[..2 * Self::LANES].chunks_exact(2)) {
+            *all = f32::from_bits(pair[0].to_bits() as u32 | (pair[1].to_bits() as u32) << 16);
+        }
+        self.load(&all)
+    }
+    /// Pairs of the values at the same place of two slices of one length, `2 * LANES` of them; beyond the end they are 0.
+    #[inline(always)]
+    fn zip_pairs(self, even: &[bf16], odd: &[bf16]) -> [Self::Pairs; 2] {
+        let mut all = [0; 2 * MAX_LANES];
+        for (all, (even, odd)) in all.iter_mut().zip(even.iter().zip(odd)) {
+            *all = even.to_bits() as u32 | (odd.to_bits() as u32) << 16;
+        }
+        [self.load_pairs(&all), self.load_pairs(&all[Self::LANES..])]
+    }
+    /// `dst[i * stride + j]` = lane `i` of `rows[j]`, bit for bit, for `i` and `j` below `LANES`. Panics if there is no room.
+    #[inline(always)]
+    fn transpose(self, rows: &[Self::F32; MAX_LANES], dst: &mut [f32], stride: usize) {
+        for j in 0..Self::LANES {
+            let mut row = [0.0; MAX_LANES];
+            self.store(&mut row, rows[j]);
+            for i in 0..Self::LANES {
+                dst[i * stride + j] = row[i];
+            }
+        }
+    }
+
     /// The first `LANES / 2` values. Panics if there are fewer.
     fn load_f64(self, src: &[f64]) -> Self::F64;
     /// `a < b ? a : b`: `b` if either is NaN.
@@ -359,6 +389,33 @@ mod tests {
                 assert_eq!(even[i], bf16::from_bits(0x3f80 + i as u16).to_f32());
                 assert_eq!(odd[i], bf16::from_bits(0x4000 + i as u16).to_f32());
                 assert_eq!(dot[i], 0.5 + 4.0 * odd[i] + even[i]);
+            }
+            let halves: Vec<bf16> = (1..=4 * S::LANES as u16).map(bf16::from_bits).collect();
+            for n in 0..=2 * S::LANES {
+                let (low, high) = (&halves[..n], &halves[2 * S::LANES..][..n]);
+                let bits = |half: Option<&bf16>| half.map_or(0, |half| half.to_bits() as u32);
+                if n == 2 * S::LANES {
+                    let got = get(simd.load_neighbours(low));
+                    for i in 0..S::LANES {
+                        assert_eq!(got[i].to_bits(), bits(low.get(2 * i)) | bits(low.get(2 * i + 1)) << 16);
+                    }
+                }
+                let got = simd.zip_pairs(low, high).map(|pairs| (get(simd.even(pairs)), get(simd.odd(pairs))));
+                for i in 0..2 * S::LANES {
+                    let (even, odd) = (got[i / S::LANES].0[i % S::LANES], got[i / S::LANES].1[i % S::LANES]);
+                    assert_eq!((even.to_bits() >> 16, odd.to_bits() >> 16), (bits(low.get(i)), bits(high.get(i))));
+                }
+            }
+            let mut rows = [simd.zero(); MAX_LANES];
+            for j in 0..S::LANES {
+                rows[j] = simd.load(&self.0[j * S::LANES..]);
+            }
+            let mut transposed = [7.0; 20 * MAX_LANES];
+            simd.transpose(&rows, &mut transposed, 20);
+            for (at, value) in transposed.iter().enumerate() {
+                let inside = at / 20 < S::LANES && at % 20 < S::LANES;
+                let want = if inside { self.0[at % 20 * S::LANES + at / 20] } else { 7.0 };
+                assert_eq!(value.to_bits(), want.to_bits());
             }
             for (a, b) in self.0.chunks_exact(S::LANES).zip(self.0[1..].chunks_exact(S::LANES)) {
                 let mut pairs = [7u32; MAX_LANES];

@@ -3,6 +3,7 @@
 //! Tiles start at multiples of [`TILE`] and parts at multiples of [`SPLIT`], counted from row 0 of the sequence, whatever the
 //! call; a row's result is folded from its parts in order. That makes it independent of everything else in the call.
 
+use super::narrow;
 use super::operand::Operand;
 use super::plan::{Item, Plan};
 use super::problem::{Block, Problem};
@@ -70,13 +71,23 @@ fn run<S: Simd, T: Float, E: Operand, const VECS: usize>(simd: S, run: RunItem<'
     let own_part: &mut [f32] = take(scratch, panels * partial_len);
     let decay: &mut [f32] = take(scratch, width);
     let row: &mut [f32] = take(scratch, columns);
+    // Few rows are multiplied with keys and values where they are stored.
+    let is_narrow = VECS == 1 && block.is_narrow();
+    let zeros: &mut [T] = take(scratch, columns);
+    let zeros = &mut zeros[..spec.value_dim];
+    zeros.fill(T::default());
+    let mut tile = narrow::Rows::new(zeros);
+    let narrow_len = narrow::ROWS * narrow::padded_columns(spec.value_dim);
+    let narrow_out: &mut [f32] = take(scratch, block.heads * narrow_len);
 
     pack_queries::<T, E>(problem, block, key_width, queries);
-    // The columns beyond `value_dim` are never packed, and must not hold NaN.
-    values.fill(E::zeroed());
+    if !is_narrow {
+        // The columns beyond `value_dim` are never packed, and must not hold NaN.
+        values.fill(E::zeroed());
+    }
     let mut ranges = [Ranges::new(spec, &block.sequence, block.row, 0); MAX_PANELS];
     for (panel, ranges) in ranges[..panels].iter_mut().enumerate() {
-        *ranges = Ranges::new(spec, &block.sequence, block.row + panel * width, block.panel_rows(panel));
+        *ranges = Ranges::new(spec, &block.sequence, block.panel_row(panel), block.panel_rows(panel));
     }
     let ranges = &ranges[..panels];
     if !item.is_divided() {
@@ -95,33 +106,54 @@ fn run<S: Simd, T: Float, E: Operand, const VECS: usize>(simd: S, run: RunItem<'
             &mut *own_part
         };
         part.chunks_exact_mut(partial_len).for_each(|part| Partial::new(part, width, columns).clear());
+        narrow_out.fill(0.0);
         let first = (index * SPLIT).max(any_first / TILE * TILE);
         let end = ((index + 1) * SPLIT).min(any_end);
         for start in (first..end).step_by(TILE) {
-            let mut seen = [false; TILE];
+            // Keys that rows see: of all panels, but for a narrow block of each.
+            let mut seen = [[false; TILE]; MAX_PANELS];
             if problem.has_added() {
                 for (panel, ranges) in ranges.iter().enumerate() {
                     let added = &mut added[panel * TILE * width..(panel + 1) * TILE * width];
-                    scores::added_terms(problem, block, panel, ranges, start, added, &mut seen);
+                    let seen = &mut seen[if is_narrow { panel } else { 0 }];
+                    scores::added_terms(problem, block, panel, ranges, start, added, seen);
                 }
             } else {
-                seen[any_first.saturating_sub(start)..(end - start).min(TILE)].fill(true);
+                let positions = any_first.saturating_sub(start)..(end - start).min(TILE);
+                seen[..if is_narrow { panels } else { 1 }]
+                    .iter_mut()
+                    .for_each(|seen| seen[positions.clone()].fill(true));
             }
-            pack_tile::<S, T, E>(simd, problem, block, start, &seen, (keys, key_width), (values, columns));
+            // The rows of the next tile are on their way while this one is multiplied.
+            let next = start + TILE;
+            if !is_narrow {
+                pack_tile::<S, T, E>(simd, problem, block, start, &seen[0], (keys, key_width), (values, columns));
+            }
             for (panel, ranges) in ranges.iter().enumerate() {
-                let rows = ranges.in_tile(start, block_rows::<S>(VECS));
+                let step = if is_narrow { narrow::step::<S>() } else { block_rows::<S>(VECS) };
+                let rows = ranges.in_tile(start, step);
                 if rows.0 >= rows.1 {
                     continue;
                 }
                 let queries = &queries[panel * key_width * width..(panel + 1) * key_width * width];
-                // The rows of the next tile are on their way while this one is multiplied.
-                let next = start + TILE;
-                let has_next = panel == 0 && next < last;
-                product::scores::<S, E, VECS>(simd, keys, queries, key_width, rows, tile_scores, |part, parts| {
-                    if has_next {
-                        prefetch(simd, problem, block, (next, last), (part, parts), true);
-                    }
-                });
+                let has_next = next < last && (panel == 0 || is_narrow);
+                let ahead = |keys| match is_narrow && has_next {
+                    true => narrow::Ahead::find(problem, block, panel, (next, last), keys),
+                    false => narrow::Ahead::none(),
+                };
+                if is_narrow {
+                    tile.find(problem, block, panel, start);
+                    tile.hide(&seen[panel]);
+                    let queries = (queries, block.rows);
+                    let chunk = &mut keys[..key_width * narrow::step::<S>()];
+                    narrow::scores::<S, T, E>(simd, &tile, &mut ahead(true), queries, chunk, rows, tile_scores);
+                } else {
+                    product::scores::<S, E, VECS>(simd, keys, queries, key_width, rows, tile_scores, |part, parts| {
+                        if has_next {
+                            prefetch(simd, problem, block, (next, last), (part, parts), true);
+                        }
+                    });
+                }
                 let added = problem.has_added().then(|| &added[panel * TILE * width..(panel + 1) * TILE * width]);
                 let mut scale = spec.softmax_scale as f32;
                 if problem.has_terms() {
@@ -137,19 +169,23 @@ fn run<S: Simd, T: Float, E: Operand, const VECS: usize>(simd: S, run: RunItem<'
                 let part = Partial::new(&mut part[panel * partial_len..], width, columns);
                 softmax::update::<S, E, VECS>(simd, tile_scores, rows, scale, part.max, part.sum, decay);
                 let weights: &[E] = bytemuck::cast_slice(tile_scores);
-                product::values::<S, E, VECS>(
-                    simd,
-                    values,
-                    weights,
-                    columns,
-                    rows,
-                    (decay, part.out),
-                    |part, parts| {
+                if is_narrow {
+                    let weights = (weights, block.rows);
+                    let out = &mut narrow_out[panel * narrow_len..(panel + 1) * narrow_len];
+                    narrow::values::<S, T, E>(simd, &tile, &mut ahead(false), weights, rows, decay, out);
+                } else {
+                    let out = (&*decay, part.out);
+                    product::values::<S, E, VECS>(simd, values, weights, columns, rows, out, |part, parts| {
                         if has_next {
                             prefetch(simd, problem, block, (next, last), (part, parts), false);
                         }
-                    },
-                );
+                    });
+                }
+            }
+        }
+        if is_narrow {
+            for (out, part) in narrow_out.chunks_exact(narrow_len).zip(part.chunks_exact_mut(partial_len)) {
+                narrow::unload(simd, out, Partial::new(part, width, columns).out);
             }
         }
         if !item.is_divided() {

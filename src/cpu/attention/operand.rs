@@ -6,6 +6,7 @@
 use crate::cpu::Float;
 use crate::cpu::simd::Simd;
 use crate::element::Dtype;
+use half::bf16;
 
 /// One step of a sum of products: `f32`, or `u32` for a pair of bf16 (first one in the low half).
 pub trait Operand: bytemuck::Pod + Send + Sync {
@@ -23,6 +24,10 @@ pub trait Operand: bytemuck::Pod + Send + Sync {
     fn pack_row<S: Simd, T: Float>(simd: S, src: &[T], dst: &mut [Self]);
     /// Copies `DEPTH` rows that are summed over, element by element; a missing row is 0.
     fn pack_rows<S: Simd, T: Float>(simd: S, src: [Option<&[T]>; 2], dst: &mut [Self]);
+    /// The bits of the first `LANES` values of what [`Operand::pack_row`] makes of a row. Panics if there are fewer.
+    fn load_steps<S: Simd, T: Float>(simd: S, row: &[T]) -> S::F32;
+    /// The first `2 * LANES` columns of what [`Operand::pack_rows`] makes of `DEPTH` rows of one width; 0 beyond it.
+    fn load_columns<S: Simd, T: Float>(simd: S, rows: [&[T]; 2]) -> [Self::Vector<S>; 2];
     /// One value of [`Operand::pack_row`].
     fn gather<T: Float>(src: &[T], step: usize) -> Self;
     /// Softmax weights of `DEPTH` keys, rounded to the type, over the scores of these keys.
@@ -64,6 +69,20 @@ impl Operand for f32 {
         }
     }
     #[inline(always)]
+    fn load_steps<S: Simd, T: Float>(simd: S, row: &[T]) -> S::F32 {
+        T::load(simd, row)
+    }
+    #[inline(always)]
+    fn load_columns<S: Simd, T: Float>(simd: S, rows: [&[T]; 2]) -> [S::F32; 2] {
+        let row = rows[0];
+        if row.len() >= 2 * S::LANES {
+            [T::load(simd, row), T::load(simd, &row[S::LANES..])]
+        } else {
+            let (low, high) = row.split_at(row.len().min(S::LANES));
+            [T::load_partial(simd, low), T::load_partial(simd, high)]
+        }
+    }
+    #[inline(always)]
     fn gather<T: Float>(src: &[T], step: usize) -> f32 {
         src[step].to_f32()
     }
@@ -76,6 +95,13 @@ impl Operand for f32 {
 /// The 16 bits of each element of a bf16 slice.
 #[inline(always)]
 fn bits<T: Float>(src: &[T]) -> &[u16] {
+    assert!(T::DTYPE == Dtype::BF16);
+    bytemuck::cast_slice(src)
+}
+
+/// The slice as what it is.
+#[inline(always)]
+fn halves<T: Float>(src: &[T]) -> &[bf16] {
     assert!(T::DTYPE == Dtype::BF16);
     bytemuck::cast_slice(src)
 }
@@ -125,6 +151,14 @@ impl Operand for u32 {
                 }
             }
         }
+    }
+    #[inline(always)]
+    fn load_steps<S: Simd, T: Float>(simd: S, row: &[T]) -> S::F32 {
+        simd.load_neighbours(halves(row))
+    }
+    #[inline(always)]
+    fn load_columns<S: Simd, T: Float>(simd: S, rows: [&[T]; 2]) -> [S::Pairs; 2] {
+        simd.zip_pairs(halves(rows[0]), halves(rows[1]))
     }
     #[inline(always)]
     fn gather<T: Float>(src: &[T], step: usize) -> u32 {

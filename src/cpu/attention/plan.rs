@@ -4,6 +4,7 @@
 //! Where blocks are too few or too unequal for the threads, a block's keys are divided too, at multiples of [`SPLIT`]: its
 //! items leave partial results, and the item that finishes last folds them in order.
 
+use super::narrow;
 use super::problem::Block;
 use super::product::COLUMNS;
 use super::softmax::Partial;
@@ -16,8 +17,12 @@ use crate::spec::Attention;
 pub struct Plan {
     threads: usize,
     lanes: usize,
+    /// Most rows of a narrow block.
+    narrow_rows: usize,
     /// Most panels of a block.
     panels: usize,
+    /// Most key/value heads of a narrow block.
+    heads: usize,
     /// Values of a packed key row, or of a packed query.
     pub key_width: usize,
     /// Columns of a value tile.
@@ -36,6 +41,8 @@ pub struct Costs {
     pub lanes: usize,
     /// Neighbours in one value of a packed row.
     pub depth: usize,
+    /// Most rows of a narrow block.
+    pub narrow_rows: usize,
     pub threads: usize,
     pub has_added: bool,
 }
@@ -61,10 +68,12 @@ pub struct Item {
     /// Items of the block that are not finished are counted here.
     pub counter: u32,
     /// 1 if the keys are divided among items.
-    divided: u32,
+    divided: u16,
+    /// Key/value heads of a narrow block, else 0.
+    heads: u16,
 }
 
-// SAFETY: plain integers; 4 * 8 + 8 * 4 bytes without padding, in C order.
+// SAFETY: plain integers; 4 * 8 + 7 * 4 + 2 * 2 bytes without padding, in C order.
 unsafe impl bytemuck::Zeroable for Item {}
 // SAFETY: as above; every bit pattern is a value.
 unsafe impl bytemuck::Pod for Item {}
@@ -81,6 +90,7 @@ impl Item {
         Block {
             sequence: input.sequence(self.sequence as usize),
             kv_head: self.kv_head as usize,
+            heads: self.heads as usize,
             row: self.row as usize,
             rows,
             width: plan.width(rows),
@@ -90,7 +100,7 @@ impl Item {
 
 impl Plan {
     pub fn new(spec: &Attention, shape: &AttentionShape, costs: Costs) -> Self {
-        let Costs { lanes, depth, threads, has_added } = costs;
+        let Costs { lanes, depth, narrow_rows, threads, has_added } = costs;
         let (key_width, columns) = (spec.head_dim.div_ceil(depth), spec.value_dim.next_multiple_of(COLUMNS));
         let group = spec.group_size();
         let width = 2 * lanes;
@@ -105,20 +115,33 @@ impl Plan {
         {
             panels = panels.div_ceil(2);
         }
+        let parts = shape.max_kv_len.div_ceil(SPLIT).max(1);
+        // Heads of a narrow block: as many as leave every thread some items.
+        let mut heads = spec.num_kv_heads.clamp(1, MAX_PANELS);
+        let units = shape.num_seqs.saturating_mul(parts);
+        while heads > 1
+            && (bytes(heads.div_ceil(2)) > 512 << 10
+                || (threads > 1 && units.saturating_mul(spec.num_kv_heads.div_ceil(heads)) < 4 * threads))
+        {
+            heads = heads.div_ceil(2);
+        }
         let blocks = (all_rows.div_ceil(panels * width) + shape.num_seqs).saturating_mul(spec.num_kv_heads);
         // Blocks are divided only if they have more than 1 / (4 threads) of the work: there are fewer than 4 threads of them.
         let divided = if threads > 1 { blocks.min(4 * threads) } else { 0 };
-        let parts = shape.max_kv_len.div_ceil(SPLIT).max(1);
         Plan {
             threads,
             lanes,
+            narrow_rows,
             panels,
+            heads,
             key_width,
             columns,
             has_added,
             max_items: blocks.saturating_add(divided.saturating_mul(parts)),
             max_counters: divided,
-            max_partials: divided.saturating_mul(parts).saturating_mul(panels * Partial::len(width, columns)),
+            max_partials: divided
+                .saturating_mul(parts)
+                .saturating_mul(panels.max(heads.div_ceil(2)) * Partial::len(width, columns)),
         }
     }
 
@@ -130,9 +153,12 @@ impl Plan {
     /// Words of scratch memory for each worker, a multiple of a cache line.
     pub fn scratch_words(&self) -> usize {
         let width = 2 * self.lanes;
-        let added = if self.has_added { self.panels * TILE * width } else { 0 };
+        let panels = self.panels.max(self.heads.div_ceil(2)); // those of a narrow block have half the width
+        let added = if self.has_added { panels * TILE * width } else { 0 };
+        let narrow = self.columns + self.heads * narrow::ROWS * narrow::padded_columns(self.columns);
         let each = self.key_width * width + 2 * Partial::len(width, self.columns);
-        let words = TILE * (self.key_width + self.columns + width) + added + self.panels * each + width + self.columns;
+        let words =
+            TILE * (self.key_width + self.columns + width) + added + panels * each + width + self.columns + narrow;
         words.next_multiple_of(16)
     }
 
@@ -148,11 +174,14 @@ impl Plan {
         for index in 0..shape.num_seqs {
             let sequence = input.sequence(index);
             let all = sequence.q_len * spec.group_size();
+            let is_narrow = all <= self.narrow_rows;
+            let step = if is_narrow { self.heads } else { 1 };
             for row in (0..all).step_by(block_rows) {
                 let rows = (all - row).min(block_rows);
                 let width = self.width(rows);
-                for kv_head in 0..spec.num_kv_heads {
-                    let block = Block { sequence, kv_head, row, rows, width };
+                for kv_head in (0..spec.num_kv_heads).step_by(step) {
+                    let heads = if is_narrow { step.min(spec.num_kv_heads - kv_head) } else { 0 };
+                    let block = Block { sequence, kv_head, heads, row, rows, width };
                     let (first, end) = block.keys(spec);
                     add(block, (first, end.max(first)));
                 }
@@ -193,10 +222,13 @@ impl Plan {
                 end_of_block: end_part as u32,
                 counter: 0,
                 divided: 0,
+                heads: block.heads as u16,
             };
             let threads = self.threads as u64;
             if self.threads > 1 && parts > 1 && cost * 4 * threads > total {
-                let pieces = (cost * 8 * threads).div_ceil(total).min(parts as u64) as usize;
+                // The first tile of an item was not asked for ahead; with several heads that is more to wait for.
+                let pieces_each = if block.heads > 1 { 4 } else { 8 };
+                let pieces = (cost * pieces_each * threads).div_ceil(total).min(parts as u64) as usize;
                 let parts_each = parts.div_ceil(pieces);
                 item.counter = divided as u32;
                 item.divided = 1;

@@ -31,10 +31,15 @@ impl<T> Problem<'_, T> {
 
 /// Consecutive query rows of one sequence and key/value head. Row `r` is the query of token `r / group_size` and of head
 /// `r % group_size` of the group. Rows stand in panels of `width`, one row to a lane.
+///
+/// A narrow block has so few rows that they fit into one panel, and the same rows of several key/value heads, each with its
+/// panel: a tile of all heads is contiguous memory where a tile of one is scattered.
 #[derive(Clone, Copy, Debug)]
 pub struct Block {
     pub sequence: Sequence,
     pub kv_head: usize,
+    /// Key/value heads; 0 if the block is not narrow, and has one.
+    pub heads: usize,
     /// First row.
     pub row: usize,
     /// Number of rows.
@@ -46,19 +51,33 @@ pub struct Block {
 impl Block {
     /// Number of panels; the last one may have lanes without a row.
     pub fn panels(&self) -> usize {
-        self.rows.div_ceil(self.width)
+        if self.is_narrow() { self.heads } else { self.rows.div_ceil(self.width) }
+    }
+
+    /// Whether the panels are key/value heads.
+    #[inline(always)]
+    pub fn is_narrow(&self) -> bool {
+        self.heads > 0
+    }
+
+    /// First row of a panel.
+    pub fn panel_row(&self, panel: usize) -> usize {
+        if self.is_narrow() { self.row } else { self.row + panel * self.width }
     }
 
     /// Rows of a panel.
     pub fn panel_rows(&self, panel: usize) -> usize {
-        (self.rows - panel * self.width).min(self.width)
+        if self.is_narrow() { self.rows } else { (self.rows - panel * self.width).min(self.width) }
     }
 
-    /// Token (within the sequence) and query head of row `row + at`.
+    /// Token (within the sequence) and query head of lane `at % width` of panel `at / width`.
     pub fn token_and_head(&self, spec: &Attention, at: usize) -> (usize, usize) {
         let group = spec.group_size();
-        let row = self.row + at;
-        (row / group, self.kv_head * group + row % group)
+        let (kv_head, row) = match self.is_narrow() {
+            true => (self.kv_head + at / self.width, self.row + at % self.width),
+            false => (self.kv_head, self.row + at),
+        };
+        (row / group, kv_head * group + row % group)
     }
 
     /// Keys that the rows see by position lie in `first .. end`; empty if `first >= end`.

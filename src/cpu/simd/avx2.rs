@@ -1,6 +1,6 @@
 //! Eight lanes in a ymm register: AVX2 with FMA and F16C.
 
-use super::{Kernel, Simd};
+use super::{Kernel, MAX_LANES, Simd};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -240,6 +240,30 @@ impl Simd for Avx2 {
     fn odd(self, pairs: __m256i) -> __m256 {
         // SAFETY: `self` exists, so the CPU has AVX2.
         unsafe { _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000u32 as i32))) }
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: &[__m256; MAX_LANES], dst: &mut [f32], stride: usize) {
+        assert!(stride >= LANES && dst.len() >= (LANES - 1) * stride + LANES);
+        let mut quads = *rows;
+        // SAFETY: `self` exists, so the CPU has AVX2; stores of 8 values start at most at `7 * stride`, asserted.
+        unsafe {
+            for i in [0, 4] {
+                for half in 0..2 {
+                    let unpack = |a, b| if half == 0 { _mm256_unpacklo_ps(a, b) } else { _mm256_unpackhi_ps(a, b) };
+                    let a = _mm256_castps_pd(unpack(rows[i], rows[i + 1]));
+                    let b = _mm256_castps_pd(unpack(rows[i + 2], rows[i + 3]));
+                    quads[i + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+                    quads[i + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+                }
+            }
+            // `quads[i + c]` has column `c` of each 4 columns, of rows `i .. i + 4`.
+            for c in 0..4 {
+                let (a, b) = (quads[c], quads[4 + c]);
+                _mm256_storeu_ps(dst.as_mut_ptr().add(c * stride), _mm256_permute2f128_ps::<0x20>(a, b));
+                _mm256_storeu_ps(dst.as_mut_ptr().add((4 + c) * stride), _mm256_permute2f128_ps::<0x31>(a, b));
+            }
+        }
     }
 
     #[inline(always)]

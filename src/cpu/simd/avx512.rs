@@ -2,7 +2,7 @@
 //!
 //! The two levels differ in one method, [`Simd::dot_bf16`], so they share one implementation with a constant.
 
-use super::{Kernel, Simd};
+use super::{Kernel, MAX_LANES, Simd};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -23,6 +23,17 @@ static INTERLEAVE: [u16; 32] = {
     let mut i = 0;
     while i < 32 {
         order[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    order
+};
+
+/// Words of two vectors in turns: `i` from the first, `32 + i` from the second, for the lower and the upper half of `i`.
+static ZIP: [[u16; 32]; 2] = {
+    let mut order = [[0; 32]; 2];
+    let mut i = 0;
+    while i < 64 {
+        order[i / 32][i % 32] = (i / 2 + i % 2 * 32) as u16;
         i += 1;
     }
     order
@@ -71,6 +82,18 @@ impl<const BF16: bool> WithZmm<BF16> {
             let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
             let bits = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x0040_0000));
             _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits))
+        }
+    }
+
+    /// The first `min(32, len)` values, the rest 0.
+    #[inline(always)]
+    fn load_halves(self, src: &[bf16]) -> __m512i {
+        if src.len() >= 2 * LANES {
+            // SAFETY: `src` holds 32 values of 2 bytes; `self` exists, so the CPU has AVX-512 F.
+            unsafe { _mm512_loadu_si512(src.as_ptr().cast()) }
+        } else {
+            // SAFETY: the mask has `src.len() < 32` lanes on; `self` exists, so the CPU has AVX-512 BW.
+            unsafe { _mm512_maskz_loadu_epi16((1 << src.len()) - 1, src.as_ptr().cast()) }
         }
     }
 
@@ -318,6 +341,50 @@ impl<const BF16: bool> Simd for WithZmm<BF16> {
         } else {
             let acc = self.fma(self.odd(a), self.odd(b), acc);
             self.fma(self.even(a), self.even(b), acc)
+        }
+    }
+
+    #[inline(always)]
+    fn load_neighbours(self, src: &[bf16]) -> __m512 {
+        let src = &src[..2 * LANES];
+        // SAFETY: `src` holds 32 values of 2 bytes; `self` exists, so the CPU has AVX-512 F.
+        unsafe { _mm512_castsi512_ps(_mm512_loadu_si512(src.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn zip_pairs(self, even: &[bf16], odd: &[bf16]) -> [__m512i; 2] {
+        let (even, odd) = (self.load_halves(even), self.load_halves(odd));
+        // SAFETY: `self` exists, so the CPU has AVX-512 F and BW; each order has 32 words.
+        ZIP.each_ref()
+            .map(|order| unsafe { _mm512_permutex2var_epi16(even, _mm512_loadu_si512(order.as_ptr().cast()), odd) })
+    }
+    #[inline(always)]
+    fn transpose(self, rows: &[__m512; MAX_LANES], dst: &mut [f32], stride: usize) {
+        assert!(stride >= LANES && dst.len() >= (LANES - 1) * stride + LANES);
+        let (mut pairs, mut quads) = (*rows, *rows);
+        // SAFETY: `self` exists, so the CPU has AVX-512 F and DQ; stores of 16 values start at most at `15 * stride`, asserted.
+        unsafe {
+            for i in 0..8 {
+                pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+                pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+            }
+            for i in 0..8 {
+                let (a, b) = (pairs[i / 2 * 4 + i % 2], pairs[i / 2 * 4 + i % 2 + 2]);
+                let (a, b) = (_mm512_castps_pd(a), _mm512_castps_pd(b));
+                quads[2 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                quads[2 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+            }
+            // `quads[4 i + c]` has column `c` of each 4 columns, of rows `4 i .. 4 i + 4`.
+            for c in 0..4 {
+                let low = _mm512_shuffle_f32x4::<0x44>(quads[c], quads[4 + c]);
+                let high = _mm512_shuffle_f32x4::<0xee>(quads[c], quads[4 + c]);
+                let low_2 = _mm512_shuffle_f32x4::<0x44>(quads[8 + c], quads[12 + c]);
+                let high_2 = _mm512_shuffle_f32x4::<0xee>(quads[8 + c], quads[12 + c]);
+                let dst = dst.as_mut_ptr();
+                _mm512_storeu_ps(dst.add(c * stride), _mm512_shuffle_f32x4::<0x88>(low, low_2));
+                _mm512_storeu_ps(dst.add((4 + c) * stride), _mm512_shuffle_f32x4::<0xdd>(low, low_2));
+                _mm512_storeu_ps(dst.add((8 + c) * stride), _mm512_shuffle_f32x4::<0x88>(high, high_2));
+                _mm512_storeu_ps(dst.add((12 + c) * stride), _mm512_shuffle_f32x4::<0xdd>(high, high_2));
+            }
         }
     }
 
