@@ -35,6 +35,7 @@ TOLERANCES = {"f32": 1e-4, "bf16": 3e-2, "f16": 4e-3}
 # A unit in the last place, relative. Logits in the peer's type may be off by half of one each, two of them by one from each other;
 # so may the scores of a softmax in that type, whose relative error is an absolute one of the logit.
 ROUNDING = {"f32": 2**-20, "bf16": 2**-7, "f16": 2**-10}
+QUIET = 0.2  # CPUs of others in an undisturbed round
 PAUSE = 0.05  # seconds, for spinning threads of the last program to go to sleep
 
 
@@ -145,13 +146,28 @@ def compare(folder, workload, dtype, variant):
 
 
 def wait_for_quiet(limit):
-    """Until others use less than a sixth of a CPU while the programs sleep, `limit` seconds at most."""
+    """Until others use little while the programs sleep, `limit` seconds at most."""
     end = time.perf_counter() + limit
     while time.perf_counter() < end:
         busy, start = busy_seconds(), time.perf_counter()
         time.sleep(0.2)
-        if (busy_seconds() - busy) / (time.perf_counter() - start) < 0.16:
+        if (busy_seconds() - busy) / (time.perf_counter() - start) < QUIET:
             return
+
+
+def summarise(result, ours):
+    """Ratios and medians over the rounds in which neither was disturbed, or over all rounds where these are fewer than three."""
+    quiet = [i for i, pair in enumerate(zip(result["others_cpus"], ours["others_cpus"])) if max(pair) < QUIET]
+    used = quiet if len(quiet) >= 3 else range(len(ours["medians_ms"]))
+    ratios = [result["medians_ms"][i] / ours["medians_ms"][i] for i in used]
+    result |= {
+        "quiet_rounds": len(quiet),
+        "median_ms": statistics.median(result["medians_ms"][i] for i in used),
+        "ratios": ratios,
+        "ratio": statistics.median(ratios),
+        "fastest_ratio": result["fastest_ms"] / ours["fastest_ms"],
+        "others_cpu": statistics.median(result["others_cpus"][i] for i in used),
+    }
 
 
 def measure(programs, workload, dtype, folder, options):
@@ -183,29 +199,24 @@ def measure(programs, workload, dtype, folder, options):
             row["others"].append(others)
     results = []
     for row in rows:
-        ratios = [theirs / own for theirs, own in zip(row["medians"], rows[0]["medians"])]
         results.append(
             {
                 "workload": workload,
                 "about": about["about"],
                 "dtype": dtype,
                 "variant": row["variant"],
-                "median_ms": statistics.median(row["medians"]) * 1e3,
                 "medians_ms": [1e3 * seconds for seconds in row["medians"]],
-                "ratio": statistics.median(ratios),
-                "ratios": ratios,
                 "fastest_ms": min(row["fastest"]) * 1e3,
-                "fastest_ratio": min(row["fastest"]) / min(rows[0]["fastest"]),
+                "others_cpus": row["others"],
                 "error": row["error"],
                 "note": row["note"],
                 "calls": row["calls"],
-                "others_cpu": statistics.median(row["others"]),
-                "others_cpus": row["others"],
                 "flops": about["flops"],
                 "bytes": about["bytes"],
                 "is_decode": about["is_decode"],
             }
         )
+        summarise(results[-1], results[0])
         print(f"{workload:8} {dtype:5} {row['variant']:34} {results[-1]['median_ms']:10.3f} ms", end="")
         print(f"  x {results[-1]['ratio']:.2f}, of the fastest {results[-1]['fastest_ratio']:.2f}  error {row['error']:.0e}  {row['note']}", flush=True)
     for variant, why in missing.items():
@@ -237,11 +248,12 @@ def table(report):
         "",
         "Time: median over the rounds of each round's median call. Ratio: time of the peer over time of gatefold in the same round,",
         "median (least to greatest); below 1 the peer is faster. Fastest: the same ratio of the fastest calls of all rounds; on a busy",
-        "machine short calls find a quiet moment, long ones do not. Load: CPUs that other processes used during gatefold's calls and",
-        "during the peer's, medians. Of limit: gatefold's share of what the machine allows, its median call (its fastest). Error: of",
-        "the peer's answer against gatefold's, largest over all rows, relative to the row's length.",
+        f"machine short calls find a quiet moment, long ones do not. Quiet: rounds in which others used less than {QUIET} CPUs during the",
+        "calls of both; where there are three of them they alone count, elsewhere all do, and the row says little. Of limit: gatefold's",
+        "share of what the machine allows, its median call (its fastest). Error: of the peer's answer against gatefold's, largest over",
+        "all rows, relative to the row's length.",
         "",
-        "| workload | type | gatefold | of limit | peer | its time | ratio | fastest | load | error |",
+        "| workload | type | gatefold | of limit | peer | its time | ratio | fastest | quiet | error |",
         "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     own = {(r["workload"], r["dtype"]): r for r in report["results"] if r["variant"] == "gatefold"}
@@ -269,7 +281,7 @@ def table(report):
         error = f"{result['error']:.0e}" + (f"; {result['note']}" if result["note"] else "")
         lines.append(
             left(own[key]) + f"| {result['variant']} | {ms(result['median_ms'])} | {number(result['ratio'])} {spread} "
-            f"| {number(result['fastest_ratio'])} | {own[key]['others_cpu']:.1f}, {result['others_cpu']:.1f} | {error} |"
+            f"| {number(result['fastest_ratio'])} | {result['quiet_rounds']} | {error} |"
         )
     if report["missing"]:
         lines += ["", "Not measured:", ""]
