@@ -298,9 +298,12 @@ pub fn fma_f32_rn(a: u32, b: u32, c: u32) -> u32 {
 }
 
 /// The bits of an f32 result, a NaN in its canonical form.
+///
+/// A test of the bits, not `is_nan`: an optimised build was seen to let the NaN of a negative number's root pass that.
 #[inline]
 pub fn canonical_f32(value: f32) -> u32 {
-    if value.is_nan() { F32.nan() } else { value.to_bits() }
+    let bits = value.to_bits();
+    if F32.is_nan(bits) { F32.nan() } else { bits }
 }
 
 /// `min` (`max` with `want_max`) of f32, f16, bf16 (PTX ISA 9.7.3.11, 9.7.4.7): one NaN operand is ignored, unless `nan` (`.NaN`) asks to
