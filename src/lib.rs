@@ -3,7 +3,7 @@
 //!
 //! * [`spec`]: what to compute, as plain data that is validated in one place.
 //! * [`args`]: what comes with a call: [views](view) of the caller's arrays, and every check of their shapes and strides.
-//! * [`reference`]: the truth. Any element type in, f64 inside and out; the formulas, edge rules and sources stand here.
+//! * [`mod@reference`]: the truth. Any element type in, f64 inside and out; the formulas, edge rules and sources stand here.
 //! * [`cpu`]: the same functions on f32, bf16 and f16 with the instructions found at run time.
 //! * [`cuda`]: the same functions on the memory of a GPU; so far the driver layer and the first two kernels.
 //!
