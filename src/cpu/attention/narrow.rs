@@ -329,7 +329,10 @@ fn weigh<S: Simd, T: Float, E: Operand, const COUNT: usize>(
             let values = [values[0], values[E::DEPTH - 1]];
             let value = if at + 2 * S::LANES <= width {
                 // SAFETY: every row of `Rows::values` has `width` elements, and that many are there.
-                let whole = |row: &[T]| unsafe { std::slice::from_raw_parts(row.as_ptr().add(at), 2 * S::LANES) };
+                let whole = |row: &[T]| unsafe {
+                    debug_assert!(at + 2 * S::LANES <= row.len());
+                    std::slice::from_raw_parts(row.as_ptr().add(at), 2 * S::LANES)
+                };
                 E::load_columns(simd, values.map(whole))
             } else {
                 E::load_columns(simd, values.map(|row| &row[at..]))
