@@ -7,7 +7,8 @@
 //!    made and tested without a GPU; all errors of shape are found here.
 //! 2. Its **launch**: `unsafe`, on device pointers as `u64` and any stream of any library. Does not allocate, copy or
 //!    wait, so it can be captured into a graph once `warmup` has loaded the kernels.
-//! 3. Safe views over device slices, on top of the launches. Not there yet.
+//! 3. **Safe calls** on borrowed device memory ([`DeviceView`]), with the names and arguments of [`cpu`](crate::cpu), after a
+//!    [`Queue`] instead of a `Cpu`.
 //!
 //! [`Device`] needs feature `cuda`; plans do not.
 
@@ -17,6 +18,7 @@ mod device;
 pub mod driver;
 #[doc(hidden)]
 pub mod kernels;
+mod memory;
 mod rms_norm;
 mod rows;
 mod silu_mul;
@@ -26,5 +28,6 @@ mod sys;
 #[cfg(feature = "cuda")]
 pub use device::Device;
 pub use driver::Stream;
+pub use memory::{DeviceView, DeviceViewMut, Queue};
 pub use rms_norm::{ResidualArgs, RmsNorm, RmsNormArgs, RmsNormPlan};
 pub use silu_mul::{SiluMul, SiluMulArgs, SiluMulPlan};

@@ -30,7 +30,7 @@ pub struct ViewMut<'a, T, const N: usize> {
 }
 
 /// Row-major strides. Products that overflow saturate; [`View::check`] then finds the slice too short.
-const fn contiguous<const N: usize>(shape: [usize; N]) -> [usize; N] {
+pub(crate) const fn contiguous<const N: usize>(shape: [usize; N]) -> [usize; N] {
     let mut strides = [1usize; N];
     let mut i = N;
     while i > 1 {
@@ -41,7 +41,7 @@ const fn contiguous<const N: usize>(shape: [usize; N]) -> [usize; N] {
 }
 
 /// Elements from the first to one past the last, or `None` if that does not fit a `usize`.
-fn extent(shape: &[usize], strides: &[usize]) -> Option<usize> {
+pub(crate) fn extent(shape: &[usize], strides: &[usize]) -> Option<usize> {
     if shape.contains(&0) {
         return Some(0);
     }
@@ -53,7 +53,13 @@ fn extent(shape: &[usize], strides: &[usize]) -> Option<usize> {
 }
 
 /// The checks that reading needs: the shape as expected, the last dimension contiguous, the slice long enough.
-fn check(name: &str, len: usize, shape: &[usize], strides: &[usize], expected: &[usize]) -> Result<()> {
+pub(crate) fn check_layout(
+    name: &str,
+    len: usize,
+    shape: &[usize],
+    strides: &[usize],
+    expected: &[usize],
+) -> Result<()> {
     if shape != expected {
         return Err(Error::Shape { argument: name.into(), expected: expected.to_vec(), found: shape.to_vec() });
     }
@@ -76,7 +82,7 @@ fn check(name: &str, len: usize, shape: &[usize], strides: &[usize], expected: &
 
 /// No two index tuples name the same element. Sufficient, and true for every array that is a slice of a larger one:
 /// sorted by stride, each dimension steps over all of the smaller ones.
-fn check_disjoint(name: &str, shape: &[usize], strides: &[usize]) -> Result<()> {
+pub(crate) fn check_disjoint(name: &str, shape: &[usize], strides: &[usize]) -> Result<()> {
     if shape.contains(&0) {
         return Ok(());
     }
@@ -139,7 +145,7 @@ impl<'a, T, const N: usize> View<'a, T, N> {
     /// # Errors
     /// [`Error::Shape`], [`Error::Stride`] or [`Error::Len`], with `name` as the argument's name.
     pub fn check(&self, name: &str, expected: [usize; N]) -> Result<()> {
-        check(name, self.data.len(), &self.shape, &self.strides, &expected)
+        check_layout(name, self.data.len(), &self.shape, &self.strides, &expected)
     }
 
     /// [`View::check`] where every dimension may also be 1, and then stands for all indices.
@@ -258,7 +264,7 @@ impl<'a, T, const N: usize> ViewMut<'a, T, N> {
     /// # Errors
     /// [`Error::Shape`], [`Error::Stride`] or [`Error::Len`], with `name` as the argument's name.
     pub fn check(&self, name: &str, expected: [usize; N]) -> Result<()> {
-        check(name, self.data.len(), &self.shape, &self.strides, &expected)?;
+        check_layout(name, self.data.len(), &self.shape, &self.strides, &expected)?;
         check_disjoint(name, &self.shape, &self.strides)
     }
 

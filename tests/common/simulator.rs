@@ -13,6 +13,7 @@ use gatefold::{Error, Result};
 pub struct Simulator {
     /// Approximate instructions err at random within their bounds; else they are rounded correctly.
     approx_errors: bool,
+    limits: Limits,
     state: Mutex<State>,
 }
 
@@ -22,14 +23,26 @@ struct State {
     modules: HashMap<&'static str, simt::Module>,
     /// Seed of the next launch: a new order of warps each time.
     seed: u64,
+    /// What every launch counted, in order.
+    counters: Vec<(&'static str, simt::Counters)>,
 }
 
 impl Simulator {
     /// A device with empty memory. With `approx_errors` a kernel's bits change from launch to launch, as far as its
     /// approximate instructions reach.
     pub fn new(approx_errors: bool) -> Self {
+        Simulator::with_limits(approx_errors, Limits::new(90, 132, 227 << 10))
+    }
+
+    /// [`Simulator::new`] with the limits of another device.
+    pub fn with_limits(approx_errors: bool, limits: Limits) -> Self {
         let state = State { seed: super::seed(), ..State::default() };
-        Simulator { approx_errors, state: Mutex::new(state) }
+        Simulator { approx_errors, limits, state: Mutex::new(state) }
+    }
+
+    /// Takes what the launches since the last call counted: entry and counters, in order.
+    pub fn take_counters(&self) -> Vec<(&'static str, simt::Counters)> {
+        std::mem::take(&mut self.state().counters)
     }
 
     /// The state, also after a test has failed while it held it: buffers are still dropped.
@@ -43,9 +56,9 @@ fn refused(call: &str, argument: &str, found: impl std::fmt::Display) -> Error {
 }
 
 impl Driver for Simulator {
-    /// Those of an H200.
+    /// Those of an H200, if no others were given.
     fn limits(&self) -> Limits {
-        Limits::new(90, 132, 227 << 10)
+        self.limits
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
@@ -90,7 +103,9 @@ impl Driver for Simulator {
         run.approx_errors = self.approx_errors;
         run.args = kernel.params.iter().map(|p| simt::Arg(params[p.offset..p.offset + p.bytes].to_vec())).collect();
         let report = state.sim.launch(&state.modules[kernel.entry], kernel.entry, &run);
-        report.map_err(|e| refused("launch", kernel.entry, e))?.assert_clean();
+        let report = report.map_err(|e| refused("launch", kernel.entry, e))?;
+        report.assert_clean();
+        state.counters.push((kernel.entry, report.counters));
         Ok(())
     }
 

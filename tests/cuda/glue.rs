@@ -1,31 +1,13 @@
-//! The GPU backend against the reference: in the simulator, and on a GPU where there is one. Without one that part prints
-//! SKIPPED; `GATEFOLD_REQUIRE_CUDA=1` makes that a failure.
-#![cfg(feature = "cuda")]
+//! Norms, products and what else stands around attention and experts.
 
+use crate::common::{assert_rows, naive};
+use crate::on_devices;
 use gatefold::cuda::driver::{Buffer, Driver};
-use gatefold::cuda::{Device, RmsNorm, RmsNormArgs, RmsNormPlan, SiluMul, SiluMulArgs, SiluMulPlan, Stream};
+use gatefold::cuda::{RmsNorm, RmsNormArgs, RmsNormPlan, SiluMul, SiluMulArgs, SiluMulPlan, Stream};
 use gatefold::random::uniform;
 use gatefold::spec::Norm;
 use gatefold::{Element, View, ViewMut, reference};
 use half::{bf16, f16};
-
-mod common;
-use common::simulator::Simulator;
-use common::skip::skipped;
-use common::{assert_rows, naive};
-
-/// Runs a check in the simulator, then on the first GPU, or says that there is none. `exact` checks compare bits, so the
-/// simulator's approximate instructions must not err at random.
-fn on_devices(exact: bool, check: impl Fn(&dyn Driver)) {
-    check(&Simulator::new(!exact));
-    match Device::open(0) {
-        Ok(device) => check(&device),
-        Err(error) => {
-            assert!(std::env::var_os("GATEFOLD_REQUIRE_CUDA").is_none_or(|value| value != "1"), "{error}");
-            skipped(format_args!("on a GPU: {error}"));
-        }
-    }
-}
 
 // --- matrices ---------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,9 @@
+//! The CUDA backend's functions on arrays of the host: copied to the device as they lie (strides and all), run there, copied
+//! back. For tests and examples, where the arguments are those of the reference; a framework keeps its arrays on the device.
+//!
+//! One module per family, with the names and arguments of `gatefold::cpu`, after a [`Driver`](gatefold::cuda::driver::Driver).
+#![allow(dead_code)] // each user takes its own part
+
+mod arrays;
+
+pub use arrays::{Staged, StagedMut, vector};

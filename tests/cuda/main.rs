@@ -1,0 +1,36 @@
+//! The GPU backend against the reference: in the simulator, and on a GPU where there is one. Without one that part prints
+//! SKIPPED; `GATEFOLD_REQUIRE_CUDA=1` makes that a failure. One module per family of kernels.
+#![cfg(feature = "cuda")]
+
+use gatefold::cuda::Device;
+use gatefold::cuda::driver::Driver;
+
+#[path = "../common/mod.rs"]
+#[macro_use]
+mod common;
+/// Calls on arrays of the host: copied to a device, run there, copied back.
+#[path = "../../examples/support/staged/mod.rs"]
+mod staged;
+
+mod glue;
+
+use common::simulator::Simulator;
+use common::skip::skipped;
+
+/// Runs a check in the simulator, then on the first GPU, or says that there is none. `exact` checks compare bits, so the
+/// simulator's approximate instructions must not err at random.
+fn on_devices(exact: bool, check: impl Fn(&dyn Driver)) {
+    check(&Simulator::new(!exact));
+    on_gpu(check);
+}
+
+/// Runs a check on the first GPU, or says that there is none: for sizes that are too large for the simulator.
+fn on_gpu(check: impl Fn(&dyn Driver)) {
+    match Device::open(0) {
+        Ok(device) => check(&device),
+        Err(error) => {
+            assert!(std::env::var_os("GATEFOLD_REQUIRE_CUDA").is_none_or(|value| value != "1"), "{error}");
+            skipped(format_args!("on a GPU: {error}"));
+        }
+    }
+}
