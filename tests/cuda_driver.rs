@@ -8,9 +8,9 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use gatefold::cuda::driver::{Buffer, Driver, Launch};
+use gatefold::cuda::driver::{Buffer, Driver, Launch, Recorder};
 use gatefold::cuda::kernels::{self, Kernel};
-use gatefold::cuda::{Device, RmsNorm, RmsNormArgs, RmsNormPlan, SiluMul, SiluMulArgs, SiluMulPlan, Stream};
+use gatefold::cuda::{Device, Queue, RmsNorm, RmsNormArgs, RmsNormPlan, SiluMul, SiluMulArgs, SiluMulPlan, Stream};
 use gatefold::spec::Norm;
 use gatefold::{Dtype, Error};
 
@@ -203,6 +203,9 @@ fn shared_between_threads() {
     check::<SiluMulPlan>();
     check::<gatefold::cuda::RmsNormPlan>();
     check::<Stream>();
+    check::<Queue<'_>>();
+    check::<gatefold::cuda::DeviceView<'_, f32, 2>>();
+    check::<gatefold::cuda::DeviceViewMut<'_, f32, 2>>();
 }
 
 /// What the driver has alive: allocations, modules, retained contexts; the depth of the thread's context stack; whether
@@ -384,6 +387,161 @@ fn launch_does_not_allocate() {
     }
     assert_eq!(ALLOCATIONS.get(), before);
     assert_eq!(state(&library), alive);
+}
+
+/// Streams, graphs and events that the driver has alive.
+fn handles(library: &libloading::Library) -> i32 {
+    // SAFETY: takes nothing, returns an int.
+    unsafe { library.get::<unsafe extern "C" fn() -> i32>(c"fake_handles".to_bytes_with_nul()).unwrap()() }
+}
+
+/// One row of three of which a launch writes the third: how often and on which stream it ran.
+struct Row<'a> {
+    memory: Buffer<'a>,
+    plan: SiluMulPlan,
+}
+
+impl<'a> Row<'a> {
+    fn new(device: &'a dyn Driver) -> Self {
+        let plan = SiluMulPlan::new(&SiluMul::new(Dtype::F32, 1, 64)).unwrap();
+        Row { memory: Buffer::from_slice(device, &[0_f32; 3 * 64]).unwrap(), plan }
+    }
+
+    fn launch(&self, device: &dyn Driver, stream: Stream) -> gatefold::Result<()> {
+        let part = |i: u64| self.memory.ptr() + i * 64 * 4;
+        // SAFETY: `memory` holds three rows of the plan's shape.
+        unsafe { self.plan.launch(device, &SiluMulArgs::new(part(0), part(1), part(2)), stream) }
+    }
+
+    /// The stream of the last launch; 0 before the first, as for the default stream.
+    fn stream(&self) -> u32 {
+        self.memory.to_vec::<u32>(Stream::LEGACY).unwrap()[2 * 64 + 7]
+    }
+}
+
+#[test]
+fn recording() {
+    let Some(path) = driver("recording", &[]) else { return };
+    // SAFETY: loading the fake driver again runs nothing.
+    let library = unsafe { libloading::Library::new(&path).unwrap() };
+    let device = Device::open_with(&path, 0).unwrap();
+    let row = Row::new(&device);
+    let stream = device.create_stream().unwrap();
+    // Nothing can be loaded while work is recorded: that is what `warmup` is for.
+    // SAFETY: the stream is this test's own.
+    let error = unsafe { device.record(stream, &mut || row.launch(&device, stream)) }.unwrap_err();
+    assert!(error.to_string().contains("`cuModuleLoadDataEx` failed"), "{error}");
+    assert_eq!(handles(&library), 1, "the stream alone is left");
+    row.plan.warmup(&device).unwrap();
+    for (what, call) in [("cuMemAlloc_v2", 0), ("cuStreamSynchronize", 1), ("cuMemcpyDtoH_v2", 2)] {
+        let mut work = || match call {
+            0 => Buffer::new(&device, 8).map(|_| ()),
+            1 => device.synchronize(stream),
+            // SAFETY: `memory` holds four bytes.
+            _ => unsafe { device.copy_to_host(&mut [0; 4], row.memory.ptr()) },
+        };
+        // SAFETY: the stream is this test's own.
+        let error = unsafe { device.record(stream, &mut work) }.unwrap_err().to_string();
+        assert!(error.contains(what) && error.contains("STREAM_CAPTURE_UNSUPPORTED"), "{error}");
+    }
+    // SAFETY: the stream is this test's own; `row` outlives the recording.
+    unsafe {
+        let recording = device.record(stream, &mut || row.launch(&device, stream)).unwrap();
+        assert_eq!(row.stream(), 0, "recorded, not run");
+        device.replay(recording, Stream::LEGACY).unwrap();
+        assert_eq!(row.stream(), stream.as_raw() as u32);
+        device.forget(recording).unwrap();
+        let time = device.time_us(stream, || row.launch(&device, stream)).unwrap();
+        assert_eq!(time, 125.0);
+        device.destroy_stream(stream).unwrap();
+    }
+    assert_eq!(handles(&library), 0);
+}
+
+/// A driver without what only tests and benches need still runs everything else.
+#[test]
+fn driver_without_graphs() {
+    let Some(path) = driver("no_graphs", &["NO_GRAPHS"]) else { return };
+    let device = Device::open_with(&path, 0).unwrap();
+    let row = Row::new(&device);
+    row.launch(&device, Stream::from_raw(2)).unwrap();
+    assert_eq!(row.stream(), 2);
+    let text = device.create_stream().unwrap_err().to_string().replace(&path.display().to_string(), "LIBRARY");
+    assert_eq!(text, "unsupported by cuda: LIBRARY without `cuStreamCreate`");
+    // SAFETY: the default stream belongs to every device.
+    let text = unsafe { device.time_us(Stream::LEGACY, || Ok(())) }.unwrap_err().to_string();
+    assert!(text.ends_with("without `cuEventCreate`"), "{text}");
+}
+
+/// Two devices in one thread, each with modules and memory of its own, beside the context of another library; several streams
+/// on one module; what belongs to one device is not taken by the other.
+#[test]
+fn several_devices_and_streams() {
+    let Some(path) = driver("several", &[]) else { return };
+    // SAFETY: loading the fake driver again runs nothing.
+    let library = unsafe { libloading::Library::new(&path).unwrap() };
+    // SAFETY: takes and returns nothing.
+    unsafe { library.get::<unsafe extern "C" fn()>(c"fake_foreign_context".to_bytes_with_nul()).unwrap()() };
+    let devices = [0, 1].map(|ordinal| Device::open_with(&path, ordinal).unwrap());
+    let rows = devices.each_ref().map(|device| Row::new(device));
+    let streams = devices.each_ref().map(|device| [(); 3].map(|()| device.create_stream().unwrap()));
+    for i in 0..3 {
+        for (d, device) in devices.iter().enumerate() {
+            rows[d].launch(device, streams[d][i]).unwrap();
+            assert_eq!(rows[d].stream(), streams[d][i].as_raw() as u32);
+        }
+    }
+    assert_eq!(state(&library)[1], 2, "one module per device, whatever the number of streams");
+    let error = rows[0].launch(&devices[0], streams[1][0]).unwrap_err().to_string();
+    assert!(error.contains("INVALID_HANDLE"), "a stream of another device: {error}");
+    // SAFETY: refused before anything is freed.
+    let error = unsafe { devices[0].free(rows[1].memory.ptr()) }.unwrap_err().to_string();
+    assert!(error.contains("`cuMemFree_v2` failed"), "memory of another device: {error}");
+    // From a thread in which no context was ever current.
+    std::thread::scope(|scope| {
+        for (d, device) in devices.iter().enumerate() {
+            let (row, stream) = (&rows[d], streams[d][2]);
+            scope.spawn(move || row.launch(device, stream).unwrap());
+        }
+    });
+    for (device, streams) in devices.iter().zip(streams) {
+        // SAFETY: created above, used no more.
+        streams.iter().for_each(|stream| unsafe { device.destroy_stream(*stream).unwrap() });
+    }
+    assert_eq!(state(&library), [2, 2, 2, 0, 1]);
+    assert_eq!(handles(&library), 0);
+}
+
+/// Whatever goes first: plans belong to no device, two handles of one device share its context but nothing else.
+#[test]
+fn any_drop_order() {
+    let Some(path) = driver("drops", &[]) else { return };
+    // SAFETY: loading the fake driver again runs nothing.
+    let library = unsafe { libloading::Library::new(&path).unwrap() };
+    let plan = SiluMulPlan::new(&SiluMul::new(Dtype::F32, 1, 64)).unwrap();
+    let (first, second) = (Device::open_with(&path, 0).unwrap(), Device::open_with(&path, 0).unwrap());
+    plan.warmup(&first).unwrap();
+    plan.warmup(&second).unwrap();
+    assert_eq!(state(&library), [0, 4, 2, 0, 0], "two kernels each: for aligned rows and for others");
+    drop(first);
+    assert_eq!(state(&library), [0, 2, 1, 0, 0]);
+    let (old, new) = (Row::new(&second), Row::new(&second));
+    let mut queue = Queue::new(&second);
+    queue.reserve(1000).unwrap();
+    drop(old);
+    new.launch(&second, Stream::LEGACY).unwrap();
+    assert_eq!(state(&library), [2, 2, 1, 0, 0]);
+    drop(queue);
+    drop(new);
+    drop(second);
+    assert_eq!(state(&library), [0; 5]);
+    // On another thread than the one that opened it.
+    let moved = Device::open_with(&path, 1).unwrap();
+    plan.warmup(&moved).unwrap();
+    std::thread::spawn(move || drop(moved)).join().unwrap();
+    assert_eq!(state(&library), [0; 5]);
+    plan.warmup(&Device::open_with(&path, 1).unwrap()).unwrap();
+    assert_eq!(state(&library), [0; 5]);
 }
 
 #[test]

@@ -6,11 +6,12 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
-use crate::cuda::driver::{Driver, Launch, Limits, Stream};
+use crate::cuda::driver::{Driver, Launch, Limits, Recorder, Stream};
 use crate::cuda::kernels::Kernel;
 use crate::cuda::sys::{
-    Api, CUcontext, CUdevice, CUdevice_attribute, CUfunction, CUfunction_attribute, CUlaunchAttribute,
-    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUmodule, CUstream,
+    Api, CUcontext, CUdevice, CUdevice_attribute, CUevent, CUfunction, CUfunction_attribute, CUgraphExec,
+    CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUmodule, CUstream,
+    CUstreamCaptureMode,
 };
 use crate::error::{Error, Result};
 
@@ -161,6 +162,37 @@ impl Device {
     /// CUDA version that its driver speaks: `(12, 8)`.
     pub fn driver_version(&self) -> (u32, u32) {
         self.api.version()
+    }
+
+    /// Time that the device needs for what `work` queues on a stream, in microseconds, by two events around it. Waits.
+    ///
+    /// # Errors
+    /// That of `work`; [`Error::Driver`], also for what the work did wrong; [`Error::Unsupported`] if the driver has no events.
+    ///
+    /// # Safety
+    /// `stream` belongs to this device.
+    #[doc(hidden)]
+    pub unsafe fn time_us(&self, stream: Stream, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+        let (start, end) = (self.new_event()?, self.new_event()?);
+        start.record(stream)?;
+        work()?;
+        end.record(stream)?;
+        let _current = self.make_current()?;
+        let mut milliseconds = 0.0;
+        // SAFETY: both events are alive and recorded; `milliseconds` is an f32.
+        unsafe {
+            self.api.event_synchronize("the end of the work", end.handle)?;
+            self.api.event_elapsed("the work", &mut milliseconds, start.handle, end.handle)?;
+        }
+        Ok(f64::from(milliseconds) * 1e3)
+    }
+
+    fn new_event(&self) -> Result<Event<'_>> {
+        let _current = self.make_current()?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: `handle` is an event handle; 0 are the flags of an event that takes the time.
+        unsafe { self.api.event_create("an event", &mut handle, 0)? };
+        Ok(Event { device: self, handle })
     }
 
     fn make_current(&self) -> Result<Current<'_>> {
@@ -319,6 +351,81 @@ impl Driver for Device {
     }
 }
 
+impl Recorder for Device {
+    fn create_stream(&self) -> Result<Stream> {
+        const NON_BLOCKING: c_uint = 1; // CU_STREAM_NON_BLOCKING
+        let _current = self.make_current()?;
+        let mut stream = std::ptr::null_mut();
+        // SAFETY: `stream` is a stream handle.
+        unsafe { self.api.stream_create("a stream", &mut stream, NON_BLOCKING)? };
+        Ok(Stream::from_raw(stream.expose_provenance() as u64))
+    }
+
+    unsafe fn destroy_stream(&self, stream: Stream) -> Result<()> {
+        let _current = self.make_current()?;
+        // SAFETY: the caller's promise.
+        unsafe { self.api.stream_destroy("the stream", stream_handle(stream)) }
+    }
+
+    unsafe fn record(&self, stream: Stream, work: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
+        let handle = stream_handle(stream);
+        let _current = self.make_current()?;
+        // Calls of this thread that cannot be captured are refused; other threads are left alone.
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is alive and this crate's own, the caller's promise.
+        unsafe { self.api.capture_begin("the stream", handle, mode)? };
+        let worked = work();
+        let (mut graph, mut exec) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: capture began above; `graph` is a graph handle.
+        let ended = unsafe { self.api.capture_end("the stream", handle, &mut graph) };
+        let made = worked.and(ended).and_then(|()| {
+            // SAFETY: `graph` is the graph just captured, `exec` a handle.
+            unsafe { self.api.graph_instantiate("the captured work", &mut exec, graph, 0) }
+        });
+        if !graph.is_null() {
+            // SAFETY: captured above; an executable graph does not need it.
+            unsafe { self.api.graph_destroy("the captured work", graph)? };
+        }
+        made.map(|()| exec.expose_provenance() as u64)
+    }
+
+    unsafe fn replay(&self, recording: u64, stream: Stream) -> Result<()> {
+        let _current = self.make_current()?;
+        // SAFETY: the caller's promise.
+        unsafe { self.api.graph_launch("the graph", graph_handle(recording), stream_handle(stream)) }
+    }
+
+    unsafe fn forget(&self, recording: u64) -> Result<()> {
+        let _current = self.make_current()?;
+        // SAFETY: the caller's promise.
+        unsafe { self.api.graph_exec_destroy("the graph", graph_handle(recording)) }
+    }
+}
+
+/// A point in a stream whose time is taken.
+struct Event<'a> {
+    device: &'a Device,
+    handle: CUevent,
+}
+
+impl Event<'_> {
+    fn record(&self, stream: Stream) -> Result<()> {
+        let _current = self.device.make_current()?;
+        // SAFETY: the event is alive; an invalid stream is an error that the driver reports.
+        unsafe { self.device.api.event_record("an event", self.handle, stream_handle(stream)) }
+    }
+}
+
+impl Drop for Event<'_> {
+    fn drop(&mut self) {
+        // SAFETY: created once, destroyed once; the driver itself waits for an event that has not happened.
+        let destroy = |_| unsafe { self.device.api.event_destroy("an event", self.handle) };
+        if let Err(error) = self.device.make_current().and_then(destroy) {
+            log::warn!("{error}");
+        }
+    }
+}
+
 impl Drop for Device {
     fn drop(&mut self) {
         let modules = std::mem::take(self.modules.get_mut().unwrap_or_else(PoisonError::into_inner));
@@ -345,6 +452,10 @@ impl std::fmt::Debug for Device {
 
 fn stream_handle(stream: Stream) -> CUstream {
     std::ptr::with_exposed_provenance_mut(stream.as_raw() as usize)
+}
+
+fn graph_handle(recording: u64) -> CUgraphExec {
+    std::ptr::with_exposed_provenance_mut(recording as usize)
 }
 
 fn attribute(id: CUlaunchAttributeID) -> CUlaunchAttribute {

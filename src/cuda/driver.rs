@@ -161,6 +161,53 @@ pub trait Driver: Send + Sync {
     fn synchronize(&self, stream: Stream) -> Result<()>;
 }
 
+/// What tests and benches ask beyond [`Driver`]: streams of their own, and work recorded once and run many times (a CUDA
+/// graph). Nothing in this crate needs it.
+pub trait Recorder: Driver {
+    /// A stream that does not wait for the legacy default stream, nor that for it.
+    ///
+    /// # Errors
+    /// [`Error::Driver`]; [`Error::Unsupported`] if the driver has none.
+    fn create_stream(&self) -> Result<Stream>;
+
+    /// Gives a stream back; what is queued on it still runs.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    ///
+    /// # Safety
+    /// `stream` came from [`Recorder::create_stream`] of this driver, and nobody uses it any more.
+    unsafe fn destroy_stream(&self, stream: Stream) -> Result<()>;
+
+    /// Records what `work` launches on `stream` instead of running it, and gives the handle of the recording. What cannot be
+    /// recorded (memory, copies, waiting, a kernel that is not loaded) fails meanwhile, on this thread at least.
+    ///
+    /// # Errors
+    /// That of `work`; [`Error::Driver`]; [`Error::Unsupported`] if the driver cannot record.
+    ///
+    /// # Safety
+    /// `stream` came from [`Recorder::create_stream`] of this driver, and nobody else launches on it meanwhile.
+    unsafe fn record(&self, stream: Stream, work: &mut dyn FnMut() -> Result<()>) -> Result<u64>;
+
+    /// Queues all launches of a recording.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    ///
+    /// # Safety
+    /// The recording is alive; what its launches were promised (see [`Driver::launch`]) holds once more.
+    unsafe fn replay(&self, recording: u64, stream: Stream) -> Result<()>;
+
+    /// Gives a recording back.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    ///
+    /// # Safety
+    /// `recording` came from [`Recorder::record`] of this driver, is not used any more, and none of its launches runs.
+    unsafe fn forget(&self, recording: u64) -> Result<()>;
+}
+
 /// Device memory that frees itself.
 pub struct Buffer<'a> {
     driver: &'a dyn Driver,

@@ -13,8 +13,9 @@ use libloading::Library;
 use crate::error::{Error, Result};
 
 pub(super) use cu::{
-    CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUfunction, CUfunction_attribute, CUjit_option,
-    CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUmodule, CUstream,
+    CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUfunction, CUfunction_attribute, CUgraph,
+    CUgraphExec, CUjit_option, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
+    CUmodule, CUstream, CUstreamCaptureMode,
 };
 
 /// What a driver function returns; 0 is success.
@@ -32,16 +33,18 @@ const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcud
 /// The functions, each with the name of its symbol.
 ///
 /// The `raw` ones are called where a status needs more than to be an error; the `checked` ones get a method that makes
-/// any status but 0 an error.
+/// any status but 0 an error. The `optional` ones serve tests and benches alone: a driver may lack them until they are called.
 macro_rules! functions {
     (
         raw { $($raw:ident: $raw_symbol:literal ($($raw_arg:ident: $raw_type:ty),*);)* }
         checked { $($name:ident: $symbol:literal ($($arg:ident: $type:ty),*);)* }
+        optional { $($extra:ident: $extra_symbol:literal ($($extra_arg:ident: $extra_type:ty),*);)* }
     ) => {
         /// The driver library and the functions in it that this crate calls.
         pub(super) struct Api {
             $($raw: unsafe extern "C" fn($($raw_arg: $raw_type),*) -> Status,)*
             $($name: unsafe extern "C" fn($($arg: $type),*) -> Status,)*
+            $($extra: Option<unsafe extern "C" fn($($extra_arg: $extra_type),*) -> Status>,)*
             /// As it was looked for.
             name: OsString,
             /// CUDA version that the driver speaks, as 1000 * major + 10 * minor.
@@ -57,7 +60,9 @@ macro_rules! functions {
                 $(let $raw = unsafe { symbol(&library, &name, $raw_symbol)? };)*
                 // SAFETY: as above.
                 $(let $name = unsafe { symbol(&library, &name, $symbol)? };)*
-                Ok(Api { $($raw,)* $($name,)* name, version, _library: library })
+                // SAFETY: as above, where there is such a symbol.
+                $(let $extra = unsafe { symbol(&library, &name, $extra_symbol) }.ok();)*
+                Ok(Api { $($raw,)* $($name,)* $($extra,)* name, version, _library: library })
             }
 
             $(
@@ -70,6 +75,22 @@ macro_rules! functions {
                     // SAFETY: the caller's promise, passed on.
                     let status = unsafe { (self.$name)($($arg),*) };
                     if status == 0 { Ok(()) } else { Err(self.error($symbol, about, status, String::new())) }
+                }
+            )*
+
+            $(
+                /// The driver function of this name, or [`Error::Unsupported`] where the driver has none.
+                ///
+                /// # Safety
+                /// As the driver API's manual asks: pointers valid for what the function reads and writes, handles alive.
+                pub(super) unsafe fn $extra(&self, about: &str, $($extra_arg: $extra_type),*) -> Result<()> {
+                    let Some(function) = self.$extra else {
+                        let case = format!("{} without `{}`", self.name.display(), $extra_symbol.to_string_lossy());
+                        return Err(Error::unsupported("cuda", case));
+                    };
+                    // SAFETY: the caller's promise, passed on.
+                    let status = unsafe { function($($extra_arg),*) };
+                    if status == 0 { Ok(()) } else { Err(self.error($extra_symbol, about, status, String::new())) }
                 }
             )*
         }
@@ -107,6 +128,21 @@ functions! {
         launch: c"cuLaunchKernelEx"(
             config: *const CUlaunchConfig, function: CUfunction, params: *mut *mut c_void, extra: *mut *mut c_void
         );
+    }
+    optional {
+        stream_create: c"cuStreamCreate"(stream: *mut CUstream, flags: c_uint);
+        stream_destroy: c"cuStreamDestroy_v2"(stream: CUstream);
+        capture_begin: c"cuStreamBeginCapture_v2"(stream: CUstream, mode: CUstreamCaptureMode);
+        capture_end: c"cuStreamEndCapture"(stream: CUstream, graph: *mut CUgraph);
+        graph_instantiate: c"cuGraphInstantiateWithFlags"(exec: *mut CUgraphExec, graph: CUgraph, flags: u64);
+        graph_destroy: c"cuGraphDestroy"(graph: CUgraph);
+        graph_launch: c"cuGraphLaunch"(exec: CUgraphExec, stream: CUstream);
+        graph_exec_destroy: c"cuGraphExecDestroy"(exec: CUgraphExec);
+        event_create: c"cuEventCreate"(event: *mut CUevent, flags: c_uint);
+        event_record: c"cuEventRecord"(event: CUevent, stream: CUstream);
+        event_synchronize: c"cuEventSynchronize"(event: CUevent);
+        event_elapsed: c"cuEventElapsedTime"(milliseconds: *mut f32, start: CUevent, end: CUevent);
+        event_destroy: c"cuEventDestroy_v2"(event: CUevent);
     }
 }
 

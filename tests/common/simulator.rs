@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use gatefold::cuda::Stream;
-use gatefold::cuda::driver::{Driver, Launch, Limits};
+use gatefold::cuda::driver::{Driver, Launch, Limits, Recorder};
 use gatefold::cuda::kernels::Kernel;
 use gatefold::{Error, Result};
 
@@ -25,6 +25,26 @@ struct State {
     seed: u64,
     /// What every launch counted, in order.
     counters: Vec<(&'static str, simt::Counters)>,
+    /// The stream that is being recorded, and what was launched on it so far.
+    recording: Option<(Stream, Vec<Recorded>)>,
+    recordings: HashMap<u64, Vec<Recorded>>,
+    /// Streams and recordings made.
+    num_handles: u64,
+}
+
+/// A launch, as a CUDA graph keeps it: with the parameters it was recorded with.
+#[derive(Clone)]
+struct Recorded {
+    kernel: &'static Kernel,
+    launch: Launch,
+    params: Vec<u8>,
+}
+
+impl State {
+    /// What cannot be recorded fails while something is.
+    fn not_recording(&self, call: &str) -> Result<()> {
+        if self.recording.is_some() { Err(refused(call, "a stream that is recorded", "no launch")) } else { Ok(()) }
+    }
 }
 
 impl Simulator {
@@ -62,7 +82,9 @@ impl Driver for Simulator {
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
-        Ok(self.state().sim.alloc(bytes as u64))
+        let mut state = self.state();
+        state.not_recording("allocate")?;
+        Ok(state.sim.alloc(bytes as u64))
     }
 
     unsafe fn free(&self, ptr: u64) -> Result<()> {
@@ -71,18 +93,23 @@ impl Driver for Simulator {
     }
 
     unsafe fn copy_to_device(&self, dst: u64, src: &[u8]) -> Result<()> {
-        self.state().sim.write(dst, src);
+        let mut state = self.state();
+        state.not_recording("copy_to_device")?;
+        state.sim.write(dst, src);
         Ok(())
     }
 
     unsafe fn copy_to_host(&self, dst: &mut [u8], src: u64) -> Result<()> {
-        dst.copy_from_slice(&self.state().sim.read::<u8>(src, dst.len()));
+        let state = self.state();
+        state.not_recording("copy_to_host")?;
+        dst.copy_from_slice(&state.sim.read::<u8>(src, dst.len()));
         Ok(())
     }
 
     fn load(&self, kernel: &'static Kernel) -> Result<()> {
         let mut state = self.state();
         if !state.modules.contains_key(kernel.entry) {
+            state.not_recording("load")?;
             let file = format!("{}.ptx", kernel.entry);
             let module = simt::Module::parse(&file, kernel.ptx).map_err(|e| refused("parse", kernel.entry, e))?;
             state.modules.insert(kernel.entry, module);
@@ -90,11 +117,16 @@ impl Driver for Simulator {
         Ok(())
     }
 
-    unsafe fn launch(&self, kernel: &'static Kernel, launch: &Launch, params: &[u8], _stream: Stream) -> Result<()> {
+    unsafe fn launch(&self, kernel: &'static Kernel, launch: &Launch, params: &[u8], stream: Stream) -> Result<()> {
         launch.check(kernel, &self.limits(), params)?;
         self.load(kernel)?;
         let mut state = self.state();
         let state = &mut *state;
+        if let Some((recorded, launches)) = &mut state.recording {
+            assert_eq!(*recorded, stream, "a launch on another stream than the recorded one");
+            launches.push(Recorded { kernel, launch: *launch, params: params.to_vec() });
+            return Ok(());
+        }
         state.seed += 1;
         let mut run = simt::Launch::new(launch.grid, [kernel.threads, 1, 1])
             .cluster(launch.cluster)
@@ -110,6 +142,45 @@ impl Driver for Simulator {
     }
 
     fn synchronize(&self, _stream: Stream) -> Result<()> {
+        self.state().not_recording("synchronize")
+    }
+}
+
+/// The test double of a captured graph: launches are kept with their parameters and run again on what memory holds then.
+impl Recorder for Simulator {
+    fn create_stream(&self) -> Result<Stream> {
+        let mut state = self.state();
+        state.num_handles += 1;
+        Ok(Stream::from_raw(0x1000 + state.num_handles))
+    }
+
+    unsafe fn destroy_stream(&self, _stream: Stream) -> Result<()> {
         Ok(())
+    }
+
+    unsafe fn record(&self, stream: Stream, work: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
+        self.state().recording = Some((stream, Vec::new()));
+        let worked = work();
+        let mut state = self.state();
+        let launches = state.recording.take().map_or_else(Vec::new, |(_, launches)| launches);
+        worked?;
+        state.num_handles += 1;
+        let recording = state.num_handles;
+        state.recordings.insert(recording, launches);
+        Ok(recording)
+    }
+
+    unsafe fn replay(&self, recording: u64, stream: Stream) -> Result<()> {
+        let launches = self.state().recordings[&recording].clone();
+        for Recorded { kernel, launch, params } in launches {
+            // SAFETY: the caller's promise, passed on.
+            unsafe { self.launch(kernel, &launch, &params, stream)? };
+        }
+        Ok(())
+    }
+
+    unsafe fn forget(&self, recording: u64) -> Result<()> {
+        let forgotten = self.state().recordings.remove(&recording).is_some();
+        if forgotten { Ok(()) } else { Err(refused("forget", "recording", recording)) }
     }
 }

@@ -5,13 +5,17 @@
 //   COUNT        visible devices                          SM        compute capability, 10 * major + minor
 //   ONLY_VERSION no function but cuDriverGetVersion       NO_LAUNCH everything but cuLaunchKernelEx
 //   STUB         every function returns the status of a toolkit's stub library
+//   NO_GRAPHS    no streams, graphs and events: what only tests and benches ask for
+//
+// It is strict about what belongs to what: memory, modules, streams, graphs and events are of the context they were made in,
+// and while a stream is captured, its thread may neither wait nor touch memory or modules.
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, STUB_LIBRARY = 34, INVALID_CONTEXT = 201, INVALID_PTX = 218,
-       NOT_FOUND = 500 };
+       INVALID_HANDLE = 400, NOT_FOUND = 500, CAPTURE_UNSUPPORTED = 900 };
 
 #ifndef VERSION
 #define VERSION 12040
@@ -37,10 +41,20 @@ int cuDriverGetVersion(int *version) {
 #ifndef ONLY_VERSION
 
 // What is alive, for the test to look at.
-static int allocations, modules, retained;
+static int allocations, modules, retained, handles;
 static _Thread_local void *current;
 static _Thread_local int depth;
-static char context, foreign;
+static char contexts[COUNT + 1], foreign;
+
+#define NOT_WHILE_CAPTURING                                                                                            \
+    if (capturing)                                                                                                     \
+        return CAPTURE_UNSUPPORTED;
+
+// The stream that this thread captures.
+static _Thread_local struct stream *capturing;
+
+// Streams, graphs and events that are alive.
+int fake_handles(void) { return __atomic_load_n(&handles, __ATOMIC_SEQ_CST); }
 
 void fake_state(int *state) {
     state[0] = __atomic_load_n(&allocations, __ATOMIC_SEQ_CST);
@@ -55,7 +69,7 @@ void fake_foreign_context(void) { current = &foreign; }
 static int add(int *count, int n) { return __atomic_add_fetch(count, n, __ATOMIC_SEQ_CST); }
 
 #define NEEDS_CONTEXT                                                                                                  \
-    if (current != &context)                                                                                           \
+    if ((char *)current < contexts || (char *)current >= contexts + COUNT)                                             \
         return INVALID_CONTEXT;
 
 int cuInit(unsigned flags) { return flags ? INVALID_VALUE : INIT; }
@@ -94,9 +108,8 @@ int cuDeviceTotalMem_v2(size_t *bytes, int device) {
 }
 
 int cuDevicePrimaryCtxRetain(void **out, int device) {
-    (void)device;
     add(&retained, 1);
-    *out = &context;
+    *out = &contexts[device];
     return SUCCESS;
 }
 
@@ -131,41 +144,66 @@ int cuCtxPopCurrent_v2(void **out) {
 
 int cuMemAlloc_v2(uint64_t *ptr, size_t bytes) {
     NEEDS_CONTEXT
+    NOT_WHILE_CAPTURING
     if (bytes > (size_t)1 << 40)
         return OUT_OF_MEMORY;
-    *ptr = (uint64_t)(uintptr_t)aligned_alloc(256, (bytes + 255) / 256 * 256);
+    void **block = aligned_alloc(256, 256 + (bytes + 255) / 256 * 256); // its context stands in front
+    *block = current;
+    *ptr = (uint64_t)(uintptr_t)block + 256;
     add(&allocations, 1);
     return SUCCESS;
 }
 
 int cuMemFree_v2(uint64_t ptr) {
     NEEDS_CONTEXT
-    free((void *)(uintptr_t)ptr);
+    NOT_WHILE_CAPTURING
+    void **block = (void **)(uintptr_t)(ptr - 256);
+    if (*block != current)
+        return INVALID_VALUE;
+    free(block);
     add(&allocations, -1);
     return SUCCESS;
 }
 
 int cuMemcpyHtoD_v2(uint64_t dst, const void *src, size_t bytes) {
     NEEDS_CONTEXT
+    NOT_WHILE_CAPTURING
     memcpy((void *)(uintptr_t)dst, src, bytes);
     return SUCCESS;
 }
 
 int cuMemcpyDtoH_v2(void *dst, uint64_t src, size_t bytes) {
     NEEDS_CONTEXT
+    NOT_WHILE_CAPTURING
     memcpy(dst, (const void *)(uintptr_t)src, bytes);
     return SUCCESS;
 }
 
+struct stream {
+    void *context;
+};
+
+// The special streams are of every context.
+#define NEEDS_STREAM(handle)                                                                                           \
+    if ((uintptr_t)(handle) > 2 && ((struct stream *)(handle))->context != current)                                    \
+        return INVALID_HANDLE;
+
 int cuStreamSynchronize(void *stream) {
-    (void)stream;
     NEEDS_CONTEXT
+    NOT_WHILE_CAPTURING
+    NEEDS_STREAM(stream)
     return SUCCESS;
 }
+
+struct module {
+    void *context;
+    char *image;
+};
 
 // The "compiler" accepts text that begins like PTX and does not contain the word `broken`.
 int cuModuleLoadDataEx(void **module, const char *image, unsigned n, const int *options, void **values) {
     NEEDS_CONTEXT
+    NOT_WHILE_CAPTURING
     if (!strstr(image, ".version") || strstr(image, "broken")) {
         char *log = NULL;
         size_t size = 0;
@@ -180,21 +218,29 @@ int cuModuleLoadDataEx(void **module, const char *image, unsigned n, const int *
         return INVALID_PTX;
     }
     add(&modules, 1);
-    *module = strdup(image);
+    struct module *made = malloc(sizeof *made);
+    made->context = current;
+    made->image = strdup(image);
+    *module = made;
     return SUCCESS;
 }
 
-int cuModuleUnload(void *module) {
+int cuModuleUnload(struct module *module) {
     NEEDS_CONTEXT
+    if (module->context != current)
+        return INVALID_HANDLE;
+    free(module->image);
     free(module);
     add(&modules, -1);
     return SUCCESS;
 }
 
-int cuModuleGetFunction(void **function, void *module, const char *name) {
+int cuModuleGetFunction(struct module **function, struct module *module, const char *name) {
     NEEDS_CONTEXT
+    if (module->context != current)
+        return INVALID_HANDLE;
     *function = module;
-    return strstr(module, name) ? SUCCESS : NOT_FOUND;
+    return strstr(module->image, name) ? SUCCESS : NOT_FOUND;
 }
 
 int cuFuncSetAttribute(void *function, int attribute, int value) {
@@ -220,31 +266,174 @@ struct config {
     unsigned num_attributes;
 };
 
+// What a launch would do: writes 14 words to the address in the third parameter.
+struct launch {
+    uint32_t *record, words[14];
+};
+
+static void run(const struct launch *launch) { memcpy(launch->record, launch->words, sizeof launch->words); }
+
+// A graph, executable or not.
+struct graph {
+    void *context;
+    int num_launches;
+    struct launch launches[64];
+};
+
+// What was captured so far.
+static _Thread_local struct graph captured;
+
 #ifndef NO_LAUNCH
-// Writes 14 words to the address in the third parameter: grid, block, shared memory, stream, cluster, programmatic,
-// the first parameter's low word, and the kernel's last parameter if it is a seventh one of 32 bits.
-int cuLaunchKernelEx(const struct config *config, void *function, void **params, void **extra) {
+// The words: grid, block, shared memory, stream, cluster, programmatic, the first parameter's low word, and the kernel's
+// last parameter if it is a seventh one of 32 bits.
+int cuLaunchKernelEx(const struct config *config, struct module *function, void **params, void **extra) {
     NEEDS_CONTEXT
+    NEEDS_STREAM(config->stream)
     if (!function || extra)
         return INVALID_VALUE;
-    uint32_t *record = (uint32_t *)(uintptr_t)*(uint64_t *)params[2];
-    memcpy(record, config->grid, 12);
-    memcpy(record + 3, config->block, 12);
-    record[6] = config->shared_bytes;
-    record[7] = (uint32_t)(uintptr_t)config->stream;
-    record[8] = record[9] = record[10] = 1;
-    record[11] = 0;
+    if (function->context != current)
+        return INVALID_HANDLE;
+    struct launch launch = {(uint32_t *)(uintptr_t)*(uint64_t *)params[2], {0}};
+    uint32_t *words = launch.words;
+    memcpy(words, config->grid, 12);
+    memcpy(words + 3, config->block, 12);
+    words[6] = config->shared_bytes;
+    words[7] = (uint32_t)(uintptr_t)config->stream;
+    words[8] = words[9] = words[10] = 1;
+    words[11] = 0;
     for (unsigned i = 0; i < config->num_attributes; i++) {
         const struct attribute *attribute = &config->attributes[i];
         if (attribute->id == 4)
-            memcpy(record + 8, attribute->value.dim, 12);
+            memcpy(words + 8, attribute->value.dim, 12);
         else if (attribute->id == 6)
-            record[11] = (uint32_t)attribute->value.flag;
+            words[11] = (uint32_t)attribute->value.flag;
         else
             return INVALID_VALUE;
     }
-    record[12] = (uint32_t)*(uint64_t *)params[0];
-    record[13] = *(uint32_t *)params[6];
+    words[12] = (uint32_t)*(uint64_t *)params[0];
+    words[13] = *(uint32_t *)params[6];
+    if (!capturing || config->stream != capturing)
+        run(&launch);
+    else if (captured.num_launches < 64)
+        captured.launches[captured.num_launches++] = launch;
+    else
+        return OUT_OF_MEMORY;
+    return SUCCESS;
+}
+#endif
+
+#ifndef NO_GRAPHS
+int cuStreamCreate(struct stream **stream, unsigned flags) {
+    NEEDS_CONTEXT
+    NOT_WHILE_CAPTURING
+    if (flags > 1)
+        return INVALID_VALUE;
+    *stream = calloc(1, sizeof **stream);
+    (*stream)->context = current;
+    add(&handles, 1);
+    return SUCCESS;
+}
+
+int cuStreamDestroy_v2(struct stream *stream) {
+    NEEDS_CONTEXT
+    NEEDS_STREAM(stream)
+    free(stream);
+    add(&handles, -1);
+    return SUCCESS;
+}
+
+int cuStreamBeginCapture_v2(struct stream *stream, int mode) {
+    NEEDS_CONTEXT
+    NEEDS_STREAM(stream)
+    if ((uintptr_t)stream <= 2 || capturing || mode != 1)
+        return INVALID_VALUE;
+    capturing = stream;
+    captured.num_launches = 0;
+    return SUCCESS;
+}
+
+static struct graph *copied(const struct graph *graph) {
+    struct graph *copy = malloc(sizeof *copy);
+    *copy = *graph;
+    add(&handles, 1);
+    return copy;
+}
+
+int cuStreamEndCapture(struct stream *stream, struct graph **graph) {
+    NEEDS_CONTEXT
+    if (stream != capturing || !stream)
+        return INVALID_VALUE;
+    captured.context = current;
+    *graph = copied(&captured);
+    capturing = NULL;
+    return SUCCESS;
+}
+
+int cuGraphInstantiateWithFlags(struct graph **exec, const struct graph *graph, unsigned long long flags) {
+    NEEDS_CONTEXT
+    if (graph->context != current || flags)
+        return INVALID_VALUE;
+    *exec = copied(graph);
+    return SUCCESS;
+}
+
+int cuGraphLaunch(const struct graph *exec, struct stream *stream) {
+    NEEDS_CONTEXT
+    NEEDS_STREAM(stream)
+    if (exec->context != current)
+        return INVALID_HANDLE;
+    for (int i = 0; i < exec->num_launches; i++)
+        run(&exec->launches[i]);
+    return SUCCESS;
+}
+
+int cuGraphDestroy(struct graph *graph) {
+    NEEDS_CONTEXT
+    free(graph);
+    add(&handles, -1);
+    return SUCCESS;
+}
+
+int cuGraphExecDestroy(struct graph *exec) { return cuGraphDestroy(exec); }
+
+struct event {
+    void *context;
+    int recorded;
+};
+
+int cuEventCreate(struct event **event, unsigned flags) {
+    NEEDS_CONTEXT
+    if (flags)
+        return INVALID_VALUE;
+    *event = calloc(1, sizeof **event);
+    (*event)->context = current;
+    add(&handles, 1);
+    return SUCCESS;
+}
+
+int cuEventRecord(struct event *event, struct stream *stream) {
+    NEEDS_CONTEXT
+    NEEDS_STREAM(stream)
+    event->recorded = 1;
+    return event->context == current ? SUCCESS : INVALID_HANDLE;
+}
+
+int cuEventSynchronize(const struct event *event) {
+    NEEDS_CONTEXT
+    NOT_WHILE_CAPTURING
+    return event->recorded ? SUCCESS : INVALID_HANDLE;
+}
+
+int cuEventElapsedTime(float *milliseconds, const struct event *start, const struct event *end) {
+    NEEDS_CONTEXT
+    *milliseconds = 0.125F;
+    return start->recorded && end->recorded ? SUCCESS : INVALID_HANDLE;
+}
+
+int cuEventDestroy_v2(struct event *event) {
+    NEEDS_CONTEXT
+    free(event);
+    add(&handles, -1);
     return SUCCESS;
 }
 #endif
@@ -254,6 +443,8 @@ int cuGetErrorName(int error, const char **text) {
     case INVALID_VALUE: *text = "CUDA_ERROR_INVALID_VALUE"; return SUCCESS;
     case OUT_OF_MEMORY: *text = "CUDA_ERROR_OUT_OF_MEMORY"; return SUCCESS;
     case INVALID_PTX: *text = "CUDA_ERROR_INVALID_PTX"; return SUCCESS;
+    case INVALID_HANDLE: *text = "CUDA_ERROR_INVALID_HANDLE"; return SUCCESS;
+    case CAPTURE_UNSUPPORTED: *text = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; return SUCCESS;
     case 999: *text = "CUDA_ERROR_UNKNOWN"; return SUCCESS;
     default: *text = NULL; return INVALID_VALUE;
     }
