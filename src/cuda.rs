@@ -8,7 +8,7 @@
 //! 2. Its **launch**: `unsafe`, on device pointers as `u64` and any stream of any library. Does not allocate, copy or
 //!    wait, so it can be captured into a graph once `warmup` has loaded the kernels.
 //! 3. **Safe calls** on borrowed device memory ([`DeviceView`]), with the names and arguments of [`cpu`](crate::cpu), after a
-//!    [`Queue`] instead of a `Cpu`.
+//!    [`Queue`] instead of a `Cpu`. Arrays of cudarc are lent to them by `Lent` and `LentMut`.
 //!
 //! [`Device`] needs feature `cuda`; plans do not.
 
@@ -18,6 +18,8 @@ mod device;
 pub mod driver;
 #[doc(hidden)]
 pub mod kernels;
+#[cfg(feature = "cuda")]
+mod lent;
 mod memory;
 mod rms_norm;
 mod rows;
@@ -28,6 +30,8 @@ mod sys;
 #[cfg(feature = "cuda")]
 pub use device::Device;
 pub use driver::Stream;
+#[cfg(feature = "cuda")]
+pub use lent::{Lent, LentMut};
 pub use memory::{DeviceView, DeviceViewMut, Queue};
 pub use rms_norm::{ResidualArgs, RmsNorm, RmsNormArgs, RmsNormPlan};
 pub use silu_mul::{SiluMul, SiluMulArgs, SiluMulPlan};

@@ -544,6 +544,66 @@ fn any_drop_order() {
     assert_eq!(state(&library), [0; 5]);
 }
 
+/// Arrays of cudarc in safe calls: the stream of the call waits for what was written before, later work waits for the call, and
+/// other queues refuse them. cudarc finds its driver by name, so it runs in a process of its own: this test, run again.
+#[test]
+fn arrays_of_cudarc() {
+    const INSIDE: &str = "GATEFOLD_TEST_CUDARC";
+    let Some(library) = env::var_os(INSIDE) else {
+        let Some(path) = driver("cudarc", &[]) else { return };
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cudarc-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let library = folder.join("libcuda.so");
+        std::fs::copy(path, &library).unwrap();
+        let mut child = Command::new(env::current_exe().unwrap());
+        child
+            .args(["--exact", "arrays_of_cudarc", "--nocapture"])
+            .env(INSIDE, &library)
+            .env("LD_LIBRARY_PATH", &folder);
+        let output = child.output().unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && text.contains("CUDARC DONE"), "{text}");
+        return;
+    };
+    use gatefold::cuda::{Lent, LentMut};
+    // SAFETY: loading the fake driver again runs nothing.
+    let library = unsafe { libloading::Library::new(library).unwrap() };
+    let order = || {
+        // SAFETY: gives a string that ends in NUL and lives as long as the library.
+        let text = unsafe {
+            std::ffi::CStr::from_ptr(library
+                .get::<unsafe extern "C" fn() -> *const std::ffi::c_char>(c"fake_order".to_bytes_with_nul())
+                .unwrap()())
+        };
+        text.to_str().unwrap().to_owned()
+    };
+    let device = Device::open(0).unwrap();
+    let context = cudarc::driver::CudaContext::new(0).unwrap();
+    let (first, second) = (context.new_stream().unwrap(), context.new_stream().unwrap());
+    let x = first.clone_htod(&[1.0_f32; 64]).unwrap();
+    let mut y = first.alloc_zeros::<f32>(64).unwrap();
+    let queue = Queue::on_cudarc(&device, &second).unwrap();
+    let plan = SiluMulPlan::new(&SiluMul::new(Dtype::F32, 1, 64)).unwrap();
+    let before = order().len();
+    {
+        let (x, mut y) = (Lent::new(&x, &second).unwrap(), LentMut::new(&mut y, &second).unwrap());
+        let (gate, out) = (x.view([1, 64]), y.view([1, 64]));
+        assert_eq!((gate.len(), gate.shape(), out.strides()), (64, [1, 64], [64, 1]));
+        let args = SiluMulArgs::new(gate.ptr(), gate.ptr(), out.ptr());
+        // SAFETY: both arrays hold a row of the plan's shape.
+        unsafe { plan.launch(queue.driver(), &args, queue.stream()).unwrap() };
+    }
+    assert_eq!(order()[before..], *"wwwlrr", "three waits, the launch, and a note for each array");
+    assert_eq!(second.clone_dtoh(&y).unwrap()[4].to_bits(), 1, "what the fake driver writes down");
+    let other = cudarc::driver::CudaContext::new(1).unwrap();
+    let stranger = other.new_stream().unwrap();
+    assert!(Lent::new(&x, &stranger).is_err());
+    assert!(Queue::on_cudarc(&device, &stranger).is_err());
+    queue.synchronize().unwrap();
+    println!("CUDARC DONE");
+}
+
 #[test]
 fn bad_pointers() {
     let Some(path) = driver("pointers", &[]) else { return };

@@ -260,6 +260,10 @@ impl Driver for Device {
         self.limits
     }
 
+    fn context(&self) -> u64 {
+        self.context.0.expose_provenance() as u64
+    }
+
     fn allocate(&self, bytes: usize) -> Result<u64> {
         let _current = self.make_current()?;
         let mut ptr = 0;

@@ -105,6 +105,11 @@ pub trait Driver: Send + Sync {
     /// What the device allows.
     fn limits(&self) -> Limits;
 
+    /// What tells its memory and streams from those of other devices of the same process: the address of its context.
+    fn context(&self) -> u64 {
+        0
+    }
+
     /// Device memory of at least `bytes` bytes, aligned to 256, its contents undefined.
     ///
     /// # Errors

@@ -6,6 +6,9 @@ use crate::cuda::driver::{Buffer, Driver, Stream};
 use crate::error::{Error, Result};
 use crate::view::{check_disjoint, check_layout, contiguous, extent};
 
+/// The context and stream whose order protects an array that another library owns; `None` where somebody has promised more.
+pub(crate) type Home = Option<(u64, Stream)>;
+
 /// A borrowed array in device memory; otherwise as [`View`](crate::View): strides count elements, the last dimension is contiguous.
 #[derive(Debug)]
 pub struct DeviceView<'a, T, const N: usize> {
@@ -13,6 +16,7 @@ pub struct DeviceView<'a, T, const N: usize> {
     len: usize,
     shape: [usize; N],
     strides: [usize; N],
+    home: Home,
     _memory: PhantomData<&'a T>,
 }
 
@@ -38,7 +42,18 @@ impl<'a, T, const N: usize> DeviceView<'a, T, N> {
     /// For `'a`, `ptr` is memory of `len` elements on the device of the queue that the view is used with, and only work
     /// that the queue's stream orders before writes it.
     pub const unsafe fn from_raw(ptr: u64, len: usize, shape: [usize; N], strides: [usize; N]) -> Self {
-        DeviceView { ptr, len, shape, strides, _memory: PhantomData }
+        DeviceView { ptr, len, shape, strides, home: None, _memory: PhantomData }
+    }
+
+    /// The same array, for the queue of one stream alone.
+    #[cfg(feature = "cuda")]
+    pub(crate) const fn at_home(self, home: Home) -> Self {
+        DeviceView { home, ..self }
+    }
+
+    /// Where it may be used.
+    pub(crate) const fn home(&self) -> Home {
+        self.home
     }
 
     /// Address of the first element.
@@ -68,12 +83,12 @@ impl<'a, T, const N: usize> DeviceView<'a, T, N> {
 
     /// The same memory with another shape and row-major strides.
     pub const fn reshape<const M: usize>(&self, shape: [usize; M]) -> DeviceView<'a, T, M> {
-        DeviceView { ptr: self.ptr, len: self.len, shape, strides: contiguous(shape), _memory: PhantomData }
+        self.with_strides(shape, contiguous(shape))
     }
 
     /// The same memory with another shape and other strides.
     pub const fn with_strides<const M: usize>(&self, shape: [usize; M], strides: [usize; M]) -> DeviceView<'a, T, M> {
-        DeviceView { ptr: self.ptr, len: self.len, shape, strides, _memory: PhantomData }
+        DeviceView { ptr: self.ptr, len: self.len, shape, strides, home: self.home, _memory: PhantomData }
     }
 
     /// The array that begins `elements` further.
@@ -132,6 +147,17 @@ impl<'a, T, const N: usize> DeviceViewMut<'a, T, N> {
         // SAFETY: the caller's promise.
         let view = unsafe { DeviceView::from_raw(ptr, len, shape, strides) };
         DeviceViewMut { view, _exclusive: PhantomData }
+    }
+
+    /// The same array, for the queue of one stream alone.
+    #[cfg(feature = "cuda")]
+    pub(crate) const fn at_home(self, home: Home) -> Self {
+        DeviceViewMut { view: self.view.at_home(home), _exclusive: PhantomData }
+    }
+
+    /// Where it may be used.
+    pub(crate) const fn home(&self) -> Home {
+        self.view.home
     }
 
     /// Address of the first element.
@@ -196,6 +222,21 @@ impl<'a> Queue<'a> {
         Queue { driver, stream, workspace: None }
     }
 
+    /// A queue on a stream of cudarc, with an empty workspace. Arrays of cudarc come to it through [`Lent`](crate::cuda::Lent)
+    /// and [`LentMut`](crate::cuda::LentMut).
+    ///
+    /// # Errors
+    /// [`Error::Value`] if the stream is of another context than the device's primary one.
+    #[cfg(feature = "cuda")]
+    pub fn on_cudarc(device: &'a crate::cuda::Device, stream: &'a cudarc::driver::CudaStream) -> Result<Self> {
+        let (context, stream) = crate::cuda::lent::stream_of(stream);
+        if context != device.context() {
+            return Err(Error::value("stream", format!("a stream of {}", device.name()), "one of another context"));
+        }
+        // SAFETY: the stream is of the device's context, and borrowed for as long as the queue lives.
+        Ok(unsafe { Queue::on_stream(device, stream) })
+    }
+
     /// The device.
     pub fn driver(&self) -> &'a dyn Driver {
         self.driver
@@ -204,6 +245,21 @@ impl<'a> Queue<'a> {
     /// The stream.
     pub fn stream(&self) -> Stream {
         self.stream
+    }
+
+    /// Whether arrays may be used here: those that are lent to a stream, by this one alone.
+    ///
+    /// # Errors
+    /// [`Error::Value`].
+    pub(crate) fn check_homes(&self, homes: &[Home]) -> Result<()> {
+        let here = (self.driver.context(), self.stream);
+        match homes.iter().flatten().find(|home| **home != here) {
+            None => Ok(()),
+            Some((_, stream)) => {
+                let expected = format!("stream {:#x}, to which its arrays are lent", stream.as_raw());
+                Err(Error::value("queue", expected, format_args!("stream {:#x}", self.stream.as_raw())))
+            }
+        }
     }
 
     /// Size of the workspace now.

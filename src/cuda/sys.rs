@@ -1,4 +1,4 @@
-//! The CUDA driver library: found at run time, checked, and called. The one module that touches cudarc.
+//! The CUDA driver library: found at run time, checked, and called. Beside it only `lent` touches cudarc.
 //!
 //! cudarc's own loader panics where the library or one of its functions is missing, so its functions are not called:
 //! the functions that this crate needs are looked up here, once, and a missing one is an error. cudarc gives the types.

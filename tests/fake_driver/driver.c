@@ -66,6 +66,18 @@ void fake_state(int *state) {
 
 void fake_foreign_context(void) { current = &foreign; }
 
+// What happened in which order: w a stream waits for an event, r an event is recorded, l a launch, f memory is freed.
+static char order[256];
+static int num_done;
+
+const char *fake_order(void) { return order; }
+
+static void note(char what) {
+    int i = __atomic_fetch_add(&num_done, 1, __ATOMIC_SEQ_CST);
+    if (i < 255)
+        order[i] = what;
+}
+
 static int add(int *count, int n) { return __atomic_add_fetch(count, n, __ATOMIC_SEQ_CST); }
 
 #define NEEDS_CONTEXT                                                                                                  \
@@ -97,6 +109,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     case 76: *value = SM % 10; return SUCCESS;
     case 16: *value = 132; return SUCCESS;
     case 97: *value = 227 << 10; return SUCCESS;
+    case 115: *value = 0; return SUCCESS; // no memory pools
     default: return INVALID_VALUE;
     }
 }
@@ -161,6 +174,7 @@ int cuMemFree_v2(uint64_t ptr) {
     if (*block != current)
         return INVALID_VALUE;
     free(block);
+    note('f');
     add(&allocations, -1);
     return SUCCESS;
 }
@@ -312,6 +326,7 @@ int cuLaunchKernelEx(const struct config *config, struct module *function, void 
     }
     words[12] = (uint32_t)*(uint64_t *)params[0];
     words[13] = *(uint32_t *)params[6];
+    note('l');
     if (!capturing || config->stream != capturing)
         run(&launch);
     else if (captured.num_launches < 64)
@@ -403,7 +418,7 @@ struct event {
 
 int cuEventCreate(struct event **event, unsigned flags) {
     NEEDS_CONTEXT
-    if (flags)
+    if (flags & ~2U) // 2: does not take the time
         return INVALID_VALUE;
     *event = calloc(1, sizeof **event);
     (*event)->context = current;
@@ -415,6 +430,7 @@ int cuEventRecord(struct event *event, struct stream *stream) {
     NEEDS_CONTEXT
     NEEDS_STREAM(stream)
     event->recorded = 1;
+    note('r');
     return event->context == current ? SUCCESS : INVALID_HANDLE;
 }
 
@@ -434,6 +450,40 @@ int cuEventDestroy_v2(struct event *event) {
     NEEDS_CONTEXT
     free(event);
     add(&handles, -1);
+    return SUCCESS;
+}
+// What cudarc calls besides.
+int cuStreamWaitEvent(struct stream *stream, const struct event *event, unsigned flags) {
+    NEEDS_CONTEXT
+    NEEDS_STREAM(stream)
+    note('w');
+    return event->context == current && !flags ? SUCCESS : INVALID_HANDLE;
+}
+
+int cuCtxSetCurrent(void *next) {
+    current = next;
+    return SUCCESS;
+}
+
+int cuCtxSynchronize(void) {
+    NEEDS_CONTEXT
+    return SUCCESS;
+}
+
+int cuMemcpyHtoDAsync_v2(uint64_t dst, const void *src, size_t bytes, void *stream) {
+    NEEDS_STREAM(stream)
+    return cuMemcpyHtoD_v2(dst, src, bytes);
+}
+
+int cuMemcpyDtoHAsync_v2(void *dst, uint64_t src, size_t bytes, void *stream) {
+    NEEDS_STREAM(stream)
+    return cuMemcpyDtoH_v2(dst, src, bytes);
+}
+
+int cuMemsetD8Async(uint64_t dst, unsigned char value, size_t bytes, void *stream) {
+    NEEDS_CONTEXT
+    NEEDS_STREAM(stream)
+    memset((void *)(uintptr_t)dst, value, bytes);
     return SUCCESS;
 }
 #endif
