@@ -12,6 +12,7 @@
 //!
 //! [`Device`] needs feature `cuda`; plans do not.
 
+mod attention;
 #[cfg(feature = "cuda")]
 mod device;
 #[doc(hidden)]
@@ -27,6 +28,9 @@ mod silu_mul;
 #[cfg(feature = "cuda")]
 mod sys;
 
+pub use attention::{
+    AttentionArgs, AttentionInput, AttentionOutput, AttentionPlan, AttentionProblem, Kv, KvShape, attention,
+};
 #[cfg(feature = "cuda")]
 pub use device::Device;
 pub use driver::Stream;
