@@ -3,6 +3,7 @@
 // Lanes and registers index several arrays at once; a zip of them would hide which lane is meant.
 #![allow(clippy::needless_range_loop)]
 
+mod alu_double;
 mod alu_float;
 mod alu_int;
 mod clock;

@@ -2,6 +2,7 @@
 
 use super::floor::Floor;
 use super::{Decoder, Res};
+use crate::alu_double;
 use crate::alu_float::{self, Conversion, Flags};
 use crate::alu_int::{self, f1, f3};
 use crate::model::approx::Function;
@@ -100,6 +101,19 @@ impl Decoder<'_> {
                 let Operand::Int(table @ 0..=255) = o[4] else { return Err("the table is a literal below 256".into()) };
                 let (a, b, c) = (self.src(&o[1], Ty::B32)?, self.src(&o[2], Ty::B32)?, self.src(&o[3], Ty::B32)?);
                 (Op::Lop3 { d: self.dst(&o[0], Ty::B32)?, a, b, c, table: table as u8 }, Class::Integer)
+            }
+            ("add" | "sub" | "mul" | "div" | "min" | "max", "f64") => {
+                n(3)?;
+                let (a, b) = (self.src(&o[1], Ty::F64)?, self.src(&o[2], Ty::F64)?);
+                let class = if m.opcode == "div" { Class::Special } else { Class::Float };
+                (Op::A2 { f: alu_double::binary(m.opcode), d: self.dst(&o[0], Ty::F64)?, a, b }, class)
+            }
+            ("fma", "f64") => (self.three(raw, alu_double::fma(), [Ty::F64; 4])?, Class::Float),
+            ("sqrt" | "rcp" | "abs" | "neg", "f64") => {
+                n(2)?;
+                let class = if matches!(m.opcode, "abs" | "neg") { Class::Float } else { Class::Special };
+                let f = alu_double::unary(m.opcode);
+                (Op::A1 { f, d: self.dst(&o[0], Ty::F64)?, a: self.src(&o[1], Ty::F64)? }, class)
             }
             ("add" | "sub" | "mul" | "min" | "max", _) => {
                 n(3)?;
@@ -229,7 +243,11 @@ impl Decoder<'_> {
 
     fn compare(&mut self, m: &Mods, ty: Ty) -> Res<crate::op::Compare> {
         let op = m.slot(0).unwrap_or("eq");
-        if m.form == "int" { alu_int::compare_int(op, ty) } else { Ok(alu_float::compare_float(op, ty, m.has("ftz"))) }
+        match m.form {
+            "int" => alu_int::compare_int(op, ty),
+            "f64" => Ok(alu_double::compare(op)),
+            _ => Ok(alu_float::compare_float(op, ty, m.has("ftz"))),
+        }
     }
 
     fn setp(&mut self, raw: &RawInstr, m: &Mods) -> Res<Op> {
@@ -307,6 +325,11 @@ impl Decoder<'_> {
 
     fn cvt(&mut self, raw: &RawInstr, m: &Mods) -> Res<Op> {
         let o = &raw.operands;
+        if m.form == "f64" {
+            Self::count(raw, 2..=2)?;
+            let (to, from) = (m.ty(1), m.ty(0));
+            return Ok(Op::A1 { f: alu_double::convert(to, from), d: self.dst(&o[0], to)?, a: self.src(&o[1], from)? });
+        }
         let round = match m.one_of(&["rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "rna"]) {
             Some("rz" | "rzi") => Round::Zero,
             Some("rm" | "rmi") => Round::Down,

@@ -139,6 +139,7 @@ pub fn add(all: &mut Vec<Form>) {
         }
     }
     floats(all);
+    double(all);
 }
 
 /// An integer rounded to the significand of the format; beyond the largest finite value the mode decides (IEEE 754, 7.4).
@@ -165,6 +166,24 @@ fn from_int(x: i128, format: Format, round: Round) -> u32 {
         return sign | if stays { format.max_finite() } else { format.inf() };
     }
     sign | format.encode(rounded, Round::Zero, false)
+}
+
+/// f64 from f32 and integers, and back to f32; without NaN, whose payload is not specified.
+fn double(all: &mut Vec<Form>) {
+    let m = "cvt.f64.f32";
+    all.push(lane(ident(m), "sm_80", &[(32, Domain::Moderate(140))], &[64], format!("{m} d0, a0;"), |a| {
+        vec![f64::from(f32::from_bits(a[0] as u32)).to_bits()]
+    }));
+    let m = "cvt.rn.f32.f64";
+    all.push(lane(ident(m), "sm_80", &[(64, Domain::F64 { finite: true })], &[32], format!("{m} d0, a0;"), |a| {
+        vec![u64::from((f64::from_bits(a[0]) as f32).to_bits())]
+    }));
+    for (from, bits, signed) in INTS.into_iter().filter(|(_, bits, _)| *bits >= 32) {
+        let m = format!("cvt.rn.f64.{from}");
+        all.push(lane(ident(&m), "sm_80", &[(bits, Domain::Int(bits))], &[64], format!("{m} d0, a0;"), move |a| {
+            vec![(value(a[0], bits, signed) as f64).to_bits()]
+        }));
+    }
 }
 
 fn floats(all: &mut Vec<Form>) {

@@ -12,6 +12,54 @@ pub fn add(all: &mut Vec<Form>) {
     half(all);
     min_max(all);
     compare(all);
+    double(all);
+}
+
+/// f64 against the CPU's own arithmetic. The payload of a NaN result is not specified, so no form has one.
+fn double(all: &mut Vec<Form>) {
+    let finite = (64, Domain::F64 { finite: true });
+    let any = (64, Domain::F64 { finite: false });
+    let mut push = |m: String, inputs: &[super::Input], body: String, op: fn(f64, f64, f64) -> f64| {
+        let get = |a: &[u64], i: usize| f64::from_bits(a.get(i).copied().unwrap_or(0));
+        let expect = move |a: &[u64]| vec![op(get(a, 0), get(a, 1), get(a, 2)).to_bits()];
+        all.push(lane(ident(&m), "sm_80", inputs, &[64], body.replace("$", &m), expect));
+    };
+    for rn in ["", ".rn"] {
+        push(format!("add{rn}.f64"), &[finite; 2], "$ d0, a0, a1;".into(), |a, b, _| a + b);
+        push(format!("sub{rn}.f64"), &[finite; 2], "$ d0, a0, a1;".into(), |a, b, _| a - b);
+        push(format!("mul{rn}.f64"), &[finite; 2], "$ d0, a0, a1;".into(), |a, b, _| a * b);
+    }
+    // an overflowing product minus infinity would be NaN: there is none
+    push("fma.rn.f64".into(), &[finite; 3], "$ d0, a0, a1, a2;".into(), f64::mul_add);
+    // no division of 0 by 0
+    let nonzero = "or.b64 a1, a1, 1;\n$ d0, a0, a1;";
+    push("div.rn.f64".into(), &[finite; 2], nonzero.into(), |a, b, _| a / f64::from_bits(b.to_bits() | 1));
+    push("rcp.rn.f64".into(), &[finite], "$ d0, a0;".into(), |a, _, _| 1.0 / a);
+    push("sqrt.rn.f64".into(), &[finite], "abs.f64 a0, a0;\n$ d0, a0;".into(), |a, _, _| a.abs().sqrt());
+    push("abs.f64".into(), &[finite], "$ d0, a0;".into(), |a, _, _| a.abs());
+    push("neg.f64".into(), &[finite], "$ d0, a0;".into(), |a, _, _| -a);
+    // 9.7.3.11: +0.0 > -0.0
+    push("min.f64".into(), &[finite; 2], "$ d0, a0, a1;".into(), |a, b, _| {
+        if a < b || (a == b && a.is_sign_negative()) { a } else { b }
+    });
+    push("max.f64".into(), &[finite; 2], "$ d0, a0, a1;".into(), |a, b, _| {
+        if a < b || (a == b && a.is_sign_negative()) { b } else { a }
+    });
+    for cmp in ["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"] {
+        let m = format!("setp.{cmp}.f64");
+        let body = format!(".reg .pred p, q;\n{m} p|q, a0, a1;\nselp.u32 d0, 1, 0, p;\nselp.u32 d1, 1, 0, q;");
+        all.push(lane(ident(&m), "sm_80", &[any; 2], &[32, 32], body, move |a| {
+            let p = holds(cmp, f64::from_bits(a[0]), f64::from_bits(a[1]));
+            vec![u64::from(p), u64::from(!p)]
+        }));
+    }
+    for (op, func) in [("and", (|a, b| a & b) as fn(bool, bool) -> bool), ("or", |a, b| a | b), ("xor", |a, b| a ^ b)] {
+        let m = format!("setp.lt.{op}.f64");
+        let body = format!(".reg .pred c, p;\nsetp.eq.u32 c, a2, 1;\n{m} p, a0, a1, c;\nselp.u32 d0, 1, 0, p;");
+        all.push(lane(ident(&m), "sm_80", &[any, any, (32, Domain::Below(2))], &[32], body, move |a| {
+            vec![u64::from(func(f64::from_bits(a[0]) < f64::from_bits(a[1]), a[2] == 1))]
+        }));
+    }
 }
 
 fn flush(x: f32) -> f32 {

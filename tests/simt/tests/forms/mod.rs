@@ -35,6 +35,11 @@ pub enum Domain {
     F32,
     /// f32 in about [-scale, scale], no special values.
     Moderate(u32),
+    /// f64: random patterns, random moderate numbers, special values; finite ones alone.
+    F64 {
+        /// Neither infinite nor NaN.
+        finite: bool,
+    },
     /// f16 or bf16 patterns of every kind, one per 16 bits.
     F16,
     /// The same as bf16.
@@ -417,6 +422,28 @@ const F32_SPECIAL: [u32; 26] = [
     0x7e80_0001,
 ];
 
+/// Infinities and NaN, then finite numbers.
+const F64_SPECIAL: [u64; 18] = [
+    0x7ff0_0000_0000_0000,
+    0xfff0_0000_0000_0000,
+    0x7ff8_0000_0000_0000,
+    0xffff_ffff_ffff_ffff,
+    0,
+    0x8000_0000_0000_0000,
+    0x3ff0_0000_0000_0000,
+    0xbff0_0000_0000_0000,
+    0x4000_0000_0000_0000,
+    0x3fe0_0000_0000_0000,
+    0x7fef_ffff_ffff_ffff,
+    0xffef_ffff_ffff_ffff,
+    0x0010_0000_0000_0000,
+    0x800f_ffff_ffff_ffff,
+    0x0000_0000_0000_0001,
+    0x8000_0000_0000_0001,
+    0x4330_0000_0000_0001,
+    0x3690_0000_0000_0001,
+];
+
 impl Domain {
     /// Slot contents number `index` of operand `operand`. Small indices walk through the special values in every combination of the first
     /// two operands, the rest is random.
@@ -447,6 +474,17 @@ impl Domain {
                 None => u64::from(moderate(r, 8).to_bits()),
             },
             Domain::Moderate(scale) => u64::from(moderate(r, scale).to_bits()),
+            Domain::F64 { finite } => {
+                let specials = &F64_SPECIAL[if finite { 4 } else { 0 }..];
+                match pick(specials.len()) {
+                    Some(i) => specials[i],
+                    None if r & 3 == 0 => {
+                        let bits = random(state);
+                        if finite { bits & !(1 << 62) } else { bits }
+                    }
+                    None => (f64::from(moderate(r, 30)) + f64::from(moderate(random(state), 30))).to_bits(),
+                }
+            }
             Domain::F16 | Domain::Bf16 => half(self == Domain::F16, pick(12), r),
             Domain::F16x2 => {
                 half(true, pick(12), r) | half(true, pick(12).map(|i| (i * 5 + 3) % 12), random(state)) << 16
