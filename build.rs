@@ -84,6 +84,7 @@ fn templates() -> Environment<'static> {
         None => minijinja::escape_formatter(out, state, value),
     });
     templates.add_function("f32", |value: f64| format!("0f{:08X}", (value as f32).to_bits()));
+    templates.add_function("f64", |value: f64| format!("0d{:016X}", value.to_bits()));
     templates
 }
 
@@ -203,7 +204,11 @@ fn write_family(rust: &mut String, template: &str, members: &[(Instance, Module)
     let size = params.last().map_or(0, |last| last.offset + last.bytes);
     (|| -> std::fmt::Result {
         writeln!(rust, "/// `kernels/{template}.ptx`.\npub mod {template} {{")?;
-        writeln!(rust, "    use super::{{Kernel, Param}};\n    use crate::element::Dtype;\n")?;
+        writeln!(rust, "    use super::{{Kernel, Param}};")?;
+        if first.values.iter().any(|(_, value)| matches!(value, Value::Dtype(_))) {
+            writeln!(rust, "    use crate::element::Dtype;")?;
+        }
+        writeln!(rust)?;
 
         writeln!(rust, "    /// What the kernel takes.\n    #[derive(Clone, Copy, Debug)]\n    pub struct Params {{")?;
         for param in params {

@@ -37,10 +37,13 @@ pub const ALIGNMENTS: [(bool, &str); 2] = [(true, ""), (false, "_unaligned")];
 
 #[path = "instances/glue.rs"]
 mod glue;
+#[path = "instances/route.rs"]
+mod route;
 
 /// All instances.
 pub fn instances() -> Vec<Instance> {
     let mut table = Vec::new();
     glue::add(&mut table);
+    route::add(&mut table);
     table
 }

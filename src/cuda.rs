@@ -23,6 +23,7 @@ pub mod kernels;
 mod lent;
 mod memory;
 mod rms_norm;
+mod route;
 mod rows;
 mod silu_mul;
 #[cfg(feature = "cuda")]
@@ -38,4 +39,5 @@ pub use driver::Stream;
 pub use lent::{Lent, LentMut};
 pub use memory::{DeviceView, DeviceViewMut, Queue};
 pub use rms_norm::{ResidualArgs, RmsNorm, RmsNormArgs, RmsNormPlan};
+pub use route::{Route, RouteArgs, RouteInput, RouteOutput, RoutePlan, route};
 pub use silu_mul::{SiluMul, SiluMulArgs, SiluMulPlan};

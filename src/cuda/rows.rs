@@ -62,7 +62,11 @@ pub(super) fn strides_aligned(row_bytes: u64, strides: &[u64]) -> bool {
 impl Rows {
     /// A pointer that is not null, aligned to the element, with the last row within the address space.
     pub(super) fn check(&self, dtype: Dtype) -> Result<()> {
-        let size = dtype.size_bytes() as u64;
+        self.check_size(dtype.size_bytes() as u64)
+    }
+
+    /// [`Rows::check`] for elements of so many bytes.
+    pub(super) fn check_size(&self, size: u64) -> Result<()> {
         if self.ptr == 0 || !self.ptr.is_multiple_of(size) {
             let expected = format!("a device pointer that is a multiple of {size}");
             return Err(Error::value(self.name, expected, format_args!("{:#x}", self.ptr)));
