@@ -37,6 +37,8 @@ pub const ALIGNMENTS: [(bool, &str); 2] = [(true, ""), (false, "_unaligned")];
 
 #[path = "instances/glue.rs"]
 mod glue;
+#[path = "instances/group.rs"]
+mod group;
 #[path = "instances/route.rs"]
 mod route;
 
@@ -44,6 +46,7 @@ mod route;
 pub fn instances() -> Vec<Instance> {
     let mut table = Vec::new();
     glue::add(&mut table);
+    group::add(&mut table);
     route::add(&mut table);
     table
 }

@@ -17,6 +17,7 @@ mod attention;
 mod device;
 #[doc(hidden)]
 pub mod driver;
+mod group_tokens;
 #[doc(hidden)]
 pub mod kernels;
 #[cfg(feature = "cuda")]
@@ -35,6 +36,9 @@ pub use attention::{
 #[cfg(feature = "cuda")]
 pub use device::Device;
 pub use driver::Stream;
+pub use group_tokens::{
+    GroupTokens, GroupTokensArgs, GroupTokensOutput, GroupTokensPlan, GroupWeightsArgs, group_tokens,
+};
 #[cfg(feature = "cuda")]
 pub use lent::{Lent, LentMut};
 pub use memory::{DeviceView, DeviceViewMut, Queue};

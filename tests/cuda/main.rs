@@ -13,6 +13,7 @@ mod common;
 mod staged;
 
 mod glue;
+mod group;
 
 use common::simulator::Simulator;
 use common::skip::skipped;

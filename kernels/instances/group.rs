@@ -1,0 +1,23 @@
+//! Instances of what stands between router and experts: the sort of assignments by expert, and the sum per token.
+
+use super::{Instance, Value};
+
+/// Most local experts: with them the counts of 16 warps fill 78 KiB of shared memory.
+const MAX_EXPERTS: u32 = 2048;
+
+/// Adds them to the table.
+pub fn add(table: &mut Vec<Instance>) {
+    use Value::Int;
+    // 512 threads with 8 assignments each: 512 tokens of 8 experts in one launch.
+    let sort = [("THREADS", Int(512)), ("ITEMS", Int(8)), ("MAX_EXPERTS", Int(MAX_EXPERTS))];
+    let round = ("ROUND", Int(4096)); // what group_scatter takes in one round
+    let scan = [("THREADS", Int(1024)), ("UNROLL", Int(8))]; // 32 warps: as many parts of the tiles
+    for (template, values) in [
+        ("group_tokens", sort.to_vec()),
+        ("group_count", [&sort[..], &[round]].concat()),
+        ("group_scan", scan.to_vec()),
+        ("group_scatter", sort.to_vec()),
+    ] {
+        table.push(Instance { template, variant: "u32".into(), version: "7.0", target: "sm_80", values });
+    }
+}
