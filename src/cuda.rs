@@ -31,7 +31,8 @@ mod silu_mul;
 mod sys;
 
 pub use attention::{
-    AttentionArgs, AttentionInput, AttentionOutput, AttentionPlan, AttentionProblem, Kv, KvShape, attention,
+    AttentionArgs, AttentionInput, AttentionOutput, AttentionPlan, AttentionProblem, Kv, KvShape, Merge, MergeArgs,
+    MergePlan, attention, merge,
 };
 #[cfg(feature = "cuda")]
 pub use device::Device;

@@ -1,8 +1,11 @@
 //! Softmax attention on the GPU: one plan for prompts and appended tokens, one for decoding.
 
+mod decode;
+mod merge;
 mod prefill;
 mod problem;
 
+pub use merge::{Merge, MergeArgs, MergePlan, merge};
 pub use problem::{AttentionProblem, KvShape};
 
 use crate::cuda::driver::{Driver, Limits, Stream};
@@ -10,6 +13,7 @@ use crate::cuda::memory::{DeviceView, DeviceViewMut, Queue};
 use crate::element::Element;
 use crate::error::{Error, Result, check_len};
 use crate::spec::Attention;
+use decode::DecodePlan;
 use prefill::PrefillPlan;
 use problem::Geometry;
 
@@ -71,6 +75,7 @@ pub struct AttentionPlan {
 /// The two entry points: a query's bits are the same in every call of one of them.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Kind {
+    Decode(DecodePlan),
     Prefill(PrefillPlan),
 }
 
@@ -83,12 +88,18 @@ impl AttentionPlan {
     /// aligned as the kernels need them; [`Error::Presence`]; [`Error::Unsupported`] naming the case.
     pub fn new(problem: &AttentionProblem, limits: &Limits) -> Result<Self> {
         let geometry = Geometry::new(problem)?;
-        Ok(AttentionPlan { kind: Kind::Prefill(PrefillPlan::new(geometry, limits)?) })
+        let kind = if DecodePlan::serves(&geometry) {
+            Kind::Decode(DecodePlan::new(geometry, limits)?)
+        } else {
+            Kind::Prefill(PrefillPlan::new(geometry, limits)?)
+        };
+        Ok(AttentionPlan { kind })
     }
 
     /// Names of the kernels that run, in order.
     pub fn kernels(&self) -> Vec<&'static str> {
         match &self.kind {
+            Kind::Decode(plan) => plan.kernels(),
             Kind::Prefill(plan) => vec![plan.kernel()],
         }
     }
@@ -96,6 +107,7 @@ impl AttentionPlan {
     /// Device memory that [`AttentionPlan::launch`] needs besides its arguments.
     pub fn workspace_bytes(&self) -> usize {
         match &self.kind {
+            Kind::Decode(plan) => plan.workspace_bytes(),
             Kind::Prefill(_) => 0,
         }
     }
@@ -106,6 +118,7 @@ impl AttentionPlan {
     /// [`Error::Unsupported`] if the device is too old, [`Error::Driver`] with the compiler's log.
     pub fn warmup(&self, driver: &dyn Driver) -> Result<()> {
         match &self.kind {
+            Kind::Decode(plan) => plan.warmup(driver),
             Kind::Prefill(plan) => plan.warmup(driver),
         }
     }
@@ -122,6 +135,8 @@ impl AttentionPlan {
     /// sums and pages say is no part of the promise: the kernels cut it off.
     pub unsafe fn launch(&self, driver: &dyn Driver, args: &AttentionArgs, stream: Stream) -> Result<()> {
         match &self.kind {
+            // SAFETY: the caller's promise.
+            Kind::Decode(plan) => unsafe { plan.launch(driver, args, stream) },
             // SAFETY: the caller's promise.
             Kind::Prefill(plan) => unsafe { plan.launch(driver, args, stream) },
         }

@@ -5,5 +5,9 @@
 #![allow(dead_code)] // each user takes its own part
 
 mod arrays;
+mod attention;
+mod merge;
 
 pub use arrays::{Staged, StagedMut, vector};
+pub use attention::attention;
+pub use merge::merge;
