@@ -37,6 +37,8 @@ pub const ALIGNMENTS: [(bool, &str); 2] = [(true, ""), (false, "_unaligned")];
 
 #[path = "instances/decode.rs"]
 mod decode;
+#[path = "instances/gemm.rs"]
+mod gemm;
 #[path = "instances/glue.rs"]
 mod glue;
 #[path = "instances/group.rs"]
@@ -48,6 +50,7 @@ mod route;
 pub fn instances() -> Vec<Instance> {
     let mut table = Vec::new();
     decode::add(&mut table);
+    gemm::add(&mut table);
     glue::add(&mut table);
     group::add(&mut table);
     route::add(&mut table);

@@ -18,10 +18,12 @@ mod device;
 #[doc(hidden)]
 pub mod driver;
 mod group_tokens;
+mod grouped_gemm;
 #[doc(hidden)]
 pub mod kernels;
 #[cfg(feature = "cuda")]
 mod lent;
+mod linear;
 mod memory;
 mod rms_norm;
 mod route;
@@ -40,8 +42,10 @@ pub use driver::Stream;
 pub use group_tokens::{
     GroupTokens, GroupTokensArgs, GroupTokensOutput, GroupTokensPlan, GroupWeightsArgs, group_tokens,
 };
+pub use grouped_gemm::{GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
 #[cfg(feature = "cuda")]
 pub use lent::{Lent, LentMut};
+pub use linear::{linear, linear_heads};
 pub use memory::{DeviceView, DeviceViewMut, Queue};
 pub use rms_norm::{ResidualArgs, RmsNorm, RmsNormArgs, RmsNormPlan};
 pub use route::{Route, RouteArgs, RouteInput, RouteOutput, RoutePlan, route};

@@ -13,6 +13,7 @@ mod common;
 mod staged;
 
 mod decode;
+mod gemm;
 mod glue;
 mod group;
 

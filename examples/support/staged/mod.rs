@@ -6,8 +6,10 @@
 
 mod arrays;
 mod attention;
+mod linear;
 mod merge;
 
 pub use arrays::{Staged, StagedMut, vector};
 pub use attention::attention;
+pub use linear::{linear, linear_heads};
 pub use merge::merge;

@@ -1,0 +1,74 @@
+//! Instances of the matrix products: experts of a mixture, linear layers.
+
+use super::{DTYPES, Instance, Value};
+
+/// A row tile and what goes with it.
+#[derive(Clone, Copy)]
+struct Tile {
+    /// Rows of one tile.
+    rows: u32,
+    /// Rows of weights of one tile, those of gate and up together.
+    weights: u32,
+    threads: u32,
+    /// Stages of the ring, what every device has room for (99 KiB), and more where they cost no block.
+    stages: [u32; 2],
+    /// Blocks that the registers of a multiprocessor hold.
+    ctas: u32,
+}
+
+/// 16 rows and fewer are bound by the bytes of the weights: more blocks, deeper rings. 128 rows are bound by the products.
+const TILES: [Tile; 4] = [
+    Tile { rows: 16, weights: 64, threads: 128, stages: [6, 8], ctas: 4 },
+    Tile { rows: 32, weights: 64, threads: 128, stages: [6, 8], ctas: 4 },
+    Tile { rows: 64, weights: 128, threads: 128, stages: [4, 5], ctas: 2 },
+    Tile { rows: 128, weights: 128, threads: 256, stages: [3, 4], ctas: 2 },
+];
+
+/// Without tensor cores: products bound all but the fewest rows, and their operands come through registers.
+const F32_TILES: [Tile; 4] = [
+    Tile { rows: 16, weights: 128, threads: 128, stages: [4, 5], ctas: 4 },
+    Tile { rows: 32, weights: 128, threads: 128, stages: [4, 5], ctas: 3 },
+    Tile { rows: 64, weights: 128, threads: 128, stages: [4, 5], ctas: 2 },
+    Tile { rows: 128, weights: 128, threads: 256, stages: [3, 4], ctas: 1 },
+];
+
+/// Adds them to the table.
+pub fn add(table: &mut Vec<Instance>) {
+    for (dtype, _) in DTYPES {
+        for tile in if dtype == "f32" { F32_TILES } else { TILES } {
+            add_instance(table, tile, dtype, dtype, false);
+            add_instance(table, tile, dtype, dtype, true);
+            if dtype != "f32" {
+                add_instance(table, tile, dtype, "f32", false);
+            }
+        }
+    }
+}
+
+fn add_instance(table: &mut Vec<Instance>, tile: Tile, dtype: &'static str, out: &'static str, gated: bool) {
+    use Value::{Dtype, Flag, Int};
+    // Sums that leave the tensor core need registers on their way.
+    let ctas = if out != dtype && tile.rows == 128 { 1 } else { tile.ctas };
+    let types = if out == dtype { dtype.to_string() } else { format!("{dtype}_{out}") };
+    let suffix = if gated { "_gated" } else { "" };
+    table.push(Instance {
+        template: "grouped_gemm",
+        variant: format!("{types}_m{}{suffix}", tile.rows),
+        version: "7.0",
+        target: "sm_80",
+        values: vec![
+            ("DTYPE", Dtype(dtype)),
+            ("OUT", Dtype(out)),
+            ("GATED", Flag(gated)),
+            ("TILE_M", Int(tile.rows)),
+            ("TILE_N", Int(tile.weights)),
+            ("THREADS", Int(tile.threads)),
+            ("STAGES", Int(tile.stages[0])),
+            ("DEEP_STAGES", Int(tile.stages[1])),
+            ("CTAS", Int(ctas)),
+            ("STAGE_BYTES", Int((tile.rows + tile.weights) * 128)),
+            ("TILE_COLS", Int(tile.weights / if gated { 2 } else { 1 })),
+            ("SUPER_TILES", Int(16)),
+        ],
+    });
+}

@@ -1,0 +1,80 @@
+//! `linear` on the GPU: a weight matrix times rows, and the same for one matrix per head.
+
+use crate::cuda::grouped_gemm::{GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
+use crate::cuda::memory::{DeviceView, DeviceViewMut, Queue};
+use crate::element::Element;
+use crate::error::Result;
+
+/// `out[t, o] = sum_i x[t, i] * weight[o, i] + bias[o]`
+///
+/// * `x`: `[num_tokens, inputs]`
+/// * `weight`: `[outputs, inputs]`
+/// * `bias`: `[outputs]`
+/// * `out`: `[num_tokens, outputs]`, of the type of `x` or f32
+///
+/// Sums are f32 in the order of `i`, rounded once at the store, the same bits for a token whatever else is in the call. No token
+/// is a legal call.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape), [`Error::Stride`](crate::Error::Stride), [`Error::Len`](crate::Error::Len) for an argument
+/// that does not fit the others, or whose rows do not begin at multiples of 16 bytes (`x`, `weight`); those of
+/// [`GroupedGemmPlan::new`] and [`GroupedGemmPlan::launch`]. Nothing is written then.
+pub fn linear<T: Element, O: Element>(
+    queue: &mut Queue<'_>,
+    x: DeviceView<'_, T, 2>,
+    weight: DeviceView<'_, T, 2>,
+    bias: Option<DeviceView<'_, f32, 1>>,
+    out: DeviceViewMut<'_, O, 2>,
+) -> Result<()> {
+    let ([num_tokens, _], [outputs, inputs]) = (x.shape(), weight.shape());
+    x.check("x", [num_tokens, inputs])?;
+    weight.check("weight", [outputs, inputs])?;
+    bias.map_or(Ok(()), |bias| bias.check("bias", [outputs]))?;
+    out.check("out", [num_tokens, outputs])?;
+    let mut problem = GroupedGemm::linear(T::DTYPE, num_tokens, outputs, inputs);
+    problem.out_dtype = O::DTYPE;
+    problem.a_stride = x.strides()[0];
+    problem.up_stride = weight.strides()[0];
+    problem.out_stride = out.strides()[0];
+    let plan = GroupedGemmPlan::new(&problem, &queue.driver().limits())?;
+    let args = GroupedGemmArgs {
+        up_bias: bias.map(|bias| bias.ptr()),
+        ..GroupedGemmArgs::new(x.ptr(), weight.ptr(), out.ptr())
+    };
+    // SAFETY: the views are device memory with the plan's shapes and strides, checked above, borrowed from those who own them:
+    // what the queue's stream does later comes after this work.
+    unsafe { plan.launch(queue.driver(), &args, queue.stream()) }
+}
+
+/// One matrix for each head: `out[t, h, o] = sum_i x[t, h, i] * weight[h, o, i]`.
+///
+/// * `x`: `[num_tokens, heads, inputs]`
+/// * `weight`: `[heads, outputs, inputs]`
+/// * `out`: `[num_tokens, heads, outputs]`, of the type of `x` or f32
+///
+/// Numerics as [`linear`].
+///
+/// # Errors
+/// As [`linear`].
+pub fn linear_heads<T: Element, O: Element>(
+    queue: &mut Queue<'_>,
+    x: DeviceView<'_, T, 3>,
+    weight: DeviceView<'_, T, 3>,
+    out: DeviceViewMut<'_, O, 3>,
+) -> Result<()> {
+    let ([num_tokens, _, _], [heads, outputs, inputs]) = (x.shape(), weight.shape());
+    x.check("x", [num_tokens, heads, inputs])?;
+    weight.check("weight", [heads, outputs, inputs])?;
+    out.check("out", [num_tokens, heads, outputs])?;
+    let mut problem = GroupedGemm::linear(T::DTYPE, num_tokens, outputs, inputs);
+    problem.out_dtype = O::DTYPE;
+    problem.rows = GemmRows::Equal(num_tokens);
+    problem.num_groups = heads;
+    [problem.a_stride, problem.a_group_stride, _] = x.strides();
+    [problem.up_group_stride, problem.up_stride, _] = weight.strides();
+    [problem.out_stride, problem.out_group_stride, _] = out.strides();
+    let plan = GroupedGemmPlan::new(&problem, &queue.driver().limits())?;
+    let args = GroupedGemmArgs::new(x.ptr(), weight.ptr(), out.ptr());
+    // SAFETY: as in `linear`.
+    unsafe { plan.launch(queue.driver(), &args, queue.stream()) }
+}
