@@ -13,6 +13,7 @@
 //! [`Device`] needs feature `cuda`; plans do not.
 
 mod attention;
+mod combine;
 #[cfg(feature = "cuda")]
 mod device;
 #[doc(hidden)]
@@ -36,6 +37,7 @@ pub use attention::{
     AttentionArgs, AttentionInput, AttentionOutput, AttentionPlan, AttentionProblem, Kv, KvShape, Merge, MergeArgs,
     MergePlan, attention, merge,
 };
+pub use combine::{Combine, CombineArgs, CombinePlan, CombineSharedArgs};
 #[cfg(feature = "cuda")]
 pub use device::Device;
 pub use driver::Stream;

@@ -13,26 +13,26 @@ use gatefold::spec::{Activation, ExpertFfn, Ffn};
 
 /// What `group_tokens` writes, tiles without the room that is left.
 #[derive(Debug, PartialEq)]
-struct Sorted {
+pub struct Sorted {
     offsets: Vec<u32>,
     token: Vec<u32>,
     weight: Vec<u32>,
-    position: Vec<u32>,
+    pub position: Vec<u32>,
     tiles: [Vec<[u32; 4]>; 4],
 }
 
 /// Ids and weights with the experts of a rank.
-struct SortCase {
+pub struct SortCase {
     spec: ExpertFfn,
     slots: usize,
-    ids: Vec<i32>,
+    pub ids: Vec<i32>,
     weights: Vec<f32>,
     layout: Layout,
 }
 
 impl SortCase {
     /// All experts are local.
-    fn new(experts: usize, slots: usize, ids: Vec<i32>) -> Self {
+    pub fn new(experts: usize, slots: usize, ids: Vec<i32>) -> Self {
         let spec = ExpertFfn::new(experts, Ffn::gated(8, 8, Activation::Silu));
         // Every weight is its assignment's number, so that nothing can be mixed up.
         let weights = (0..ids.len()).map(|i| i as f32).collect();
@@ -40,7 +40,7 @@ impl SortCase {
     }
 
     /// Random experts, most of them of this rank.
-    fn random(rng: &mut Rng, experts: usize, slots: usize, tokens: usize) -> Self {
+    pub fn random(rng: &mut Rng, experts: usize, slots: usize, tokens: usize) -> Self {
         let ids = (0..tokens * slots).map(|_| rng.below(experts + 1 + experts / 8) as i32 - 1).collect();
         SortCase::new(experts, slots, ids)
     }
@@ -50,7 +50,7 @@ impl SortCase {
     }
 
     /// The same by a sort.
-    fn expected(&self) -> Sorted {
+    pub fn expected(&self) -> Sorted {
         let mut order: Vec<(usize, usize)> =
             self.ids.iter().enumerate().filter_map(|(i, id)| Some((self.spec.local_expert(*id)?, i))).collect();
         order.sort_unstable();
