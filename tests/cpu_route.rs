@@ -3,14 +3,13 @@
 mod common;
 
 use common::data::Rng;
-use common::tolerance::ulp;
+use common::routing::{awkward_logits, check_route, option_table, takes_bias};
 use common::*;
 use gatefold::cpu::{self, Cpu, Level};
 use gatefold::spec::{
     AuxLoss, Capacity, CapacityLimit, CapacityOrder, ExpertGroups, GroupScore, Renormalize, Router, Score,
     SecondExpert, SelectOn, Selection,
 };
-use gatefold::{Dtype, reference};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 
@@ -23,36 +22,14 @@ fn run(case: &RouteCase, level: Level) -> RouteResult<f32> {
     case.run(|spec, input, output| cpu::route(&mut cpu, spec, input, output))
 }
 
-/// Everything that is an integer is equal; weights are the truth rounded once, give or take the last bit; losses are within a few.
-///
-/// Where the truth is NaN or infinite in f32 (such a logit, or a division by 0), a weight may be anything.
 fn check(case: &RouteCase, level: Level) -> Result<(), TestCaseError> {
-    let truth = case.run(reference::route);
-    let got = run(case, level);
-    let what = format!("{level}: {:?}", case.spec);
-    prop_assert_eq!(&got.ids, &truth.ids, "{}", &what);
-    prop_assert_eq!(&got.tokens_per_expert, &truth.tokens_per_expert, "{}", &what);
-    prop_assert_eq!(got.dropped, truth.dropped, "{}", &what);
-    prop_assert_eq!(&got.expert_tokens, &truth.expert_tokens, "{}", &what);
-    for (i, (got, truth)) in got.weights.iter().zip(&truth.weights).enumerate() {
-        let close = (f64::from(*got) - truth).abs() <= 0.51 * ulp(Dtype::F32, *truth);
-        prop_assert!(!(*truth as f32).is_finite() || close, "weight {}: {:e}, expected {:e}; {}", i, got, truth, &what);
-    }
-    for (name, got, truth) in [("aux_loss", got.aux_loss, truth.aux_loss), ("z_loss", got.z_loss, truth.z_loss)] {
-        let close = got == truth as f32 || (f64::from(got) - truth).abs() <= 0.51 * ulp(Dtype::F32, truth);
-        prop_assert!(close || (truth.is_nan() && got.is_nan()), "{}: {:e}, expected {:e}; {}", name, got, truth, &what);
-    }
-    Ok(())
+    check_route(&level.to_string(), case, &run(case, level)).map_err(TestCaseError::fail)
 }
 
 fn assert_all_levels(case: &RouteCase) {
     for level in Level::available() {
         check(case, level).unwrap();
     }
-}
-
-fn takes_bias(spec: &Router) -> bool {
-    matches!(spec.selection, Selection::TopK | Selection::Prototypes)
 }
 
 proptest! {
@@ -82,18 +59,7 @@ proptest! {
     #[test]
     fn awkward_logits(spec in strategies::router(), n in 1usize..20, seed in any::<u64>(), bias in any::<bool>(), kind in 0usize..4) {
         let mut rng = Rng::new(seed);
-        let awkward = [
-            f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 0.0, -0.0, 1e-45, -1e-45, f32::MAX, f32::MIN, 1.0, -1.0, 700.0, -800.0, 88.0, -104.0,
-        ];
-        let logits: Vec<f32> = (0..n * spec.num_experts)
-            .map(|_| match kind {
-                0 => *rng.pick(&awkward),
-                1 if rng.chance(0.9) => rng.normal() as f32,
-                1 => *rng.pick(&awkward[..3]),
-                2 => *rng.pick(&[1.0, 1.0 + f32::EPSILON, 1.0 - f32::EPSILON]),
-                _ => (rng.normal() * 40.0) as f32,
-            })
-            .collect();
+        let logits = awkward_logits(&mut rng, n * spec.num_experts, kind);
         let mut case = RouteCase::with_logits(&spec, n, &logits, seed);
         if bias && takes_bias(&spec) {
             case = case.with_bias();
@@ -107,50 +73,9 @@ proptest! {
 /// A table over all options in which every pair of values occurs.
 #[test]
 fn pairwise_options() {
-    let scores = [Score::Softmax, Score::Sigmoid, Score::SqrtSoftplus, Score::Raw];
-    let selections = [
-        Selection::TopK,
-        Selection::ExpertChoice,
-        Selection::Sinkhorn { iterations: 2 },
-        Selection::SparseMixer { jitter_eps: 0.1 },
-        Selection::Prototypes,
-    ];
-    let rules = [
-        Renormalize::None,
-        Renormalize::sum(),
-        Renormalize::Sum { eps: 1e-20, floor: 0.25 },
-        Renormalize::L2,
-        Renormalize::Softmax,
-    ];
-    let build = |row: &[usize]| -> (Router, bool, bool) {
-        let mut r = Router::new(24, [1, 2, 4, 8, 12][row[0]]);
-        r.score = scores[row[1]];
-        r.select_on = [SelectOn::Scores, SelectOn::Logits][row[2]];
-        r.groups = [None, Some(GroupScore::Max), Some(GroupScore::Top2Sum)][row[3]].map(|s| ExpertGroups::new(4, 2, s));
-        r.selection = selections[row[4]];
-        r.renormalize = rules[row[5]];
-        r.scaling_factor = [1.0, 2.5][row[6]];
-        r.capacity = [None, Some(CapacityLimit::Tokens(3)), Some(CapacityLimit::Factor(1.25))][row[7]].map(|limit| {
-            let mut c = Capacity::new(limit);
-            c.order = [CapacityOrder::Position, CapacityOrder::Score][row[8]];
-            c.group_len = [None, Some(7)][row[9]];
-            c.normalize_after_drop = row[10] == 1;
-            c
-        });
-        r.second_expert = [SecondExpert::Always, SecondExpert::Random][row[11]];
-        r.aux_loss = [None, Some(AuxLoss::TopK), Some(AuxLoss::Switch { group_len: Some(5) })][row[12]];
-        (r, row[13] == 1, row[14] == 1)
-    };
-    let sizes = [5, 4, 2, 3, 5, 5, 2, 3, 2, 2, 2, 2, 3, 2, 2];
     let seed = seed();
-    let table = pairs::pairwise(&sizes, seed, |row| {
-        let (router, bias, _) = build(row);
-        // Without a capacity its options are not options.
-        let no_capacity_options = row[7] > 0 || row[8..11].iter().all(|v| *v == 0);
-        router.validate().is_ok() && (!bias || takes_bias(&router)) && no_capacity_options
-    });
-    for (i, row) in table.rows.iter().enumerate() {
-        let (router, bias, masks) = build(row);
+    let (cases, table) = option_table(seed, |_| true);
+    for (i, (router, bias, masks)) in cases.into_iter().enumerate() {
         let mut case = RouteCase::new(&router, 45, seed + i as u64);
         if bias {
             case = case.with_bias();

@@ -5,9 +5,11 @@
 //! plan        which kernels run, what a launch checks
 //! tokens      experts and weights of each token by itself
 //! coupled     in its place: capacity, second experts by chance, expert choice, Sinkhorn
+//! losses      load balance and z-loss
 //! ```
 
 mod coupled;
+mod losses;
 mod plan;
 mod problem;
 mod tokens;
@@ -141,9 +143,23 @@ impl<'a> RouteOutput<'a> {
 /// 32 experts per token.
 ///
 /// # Errors
-/// Those of [`RouteInput::check`] and of [`RoutePlan`]. Nothing is written then.
+/// Those of [`RouteInput::check`] and of [`RoutePlan`]; [`Error::Value`] for arrays that are lent to another stream. Nothing is
+/// written then.
 pub fn route(queue: &mut Queue<'_>, spec: &Router, input: &RouteInput<'_>, output: RouteOutput<'_>) -> Result<()> {
     let num_tokens = input.check(spec, &output)?;
+    queue.check_homes(&[
+        input.logits.home(),
+        input.selection_bias.and_then(|bias| bias.home()),
+        input.token_mask.and_then(|mask| mask.home()),
+        input.loss_mask.and_then(|mask| mask.home()),
+        output.topk_ids.home(),
+        output.topk_weights.home(),
+        output.tokens_per_expert.as_ref().and_then(DeviceViewMut::home),
+        output.dropped.as_ref().and_then(DeviceViewMut::home),
+        output.expert_tokens.as_ref().and_then(DeviceViewMut::home),
+        output.aux_loss.as_ref().and_then(DeviceViewMut::home),
+        output.z_loss.as_ref().and_then(DeviceViewMut::home),
+    ])?;
     let mut problem = Route::new(spec, num_tokens);
     problem.logits_stride = input.logits.strides()[0];
     problem.topk_ids_stride = output.topk_ids.strides()[0];

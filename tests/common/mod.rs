@@ -30,6 +30,7 @@ pub mod mixture_case;
 pub mod moe_case;
 pub mod naive;
 pub mod pairs;
+pub mod routing;
 pub mod simulator;
 pub mod skip;
 pub mod strategies;

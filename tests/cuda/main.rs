@@ -17,6 +17,7 @@ mod decode;
 mod gemm;
 mod glue;
 mod group;
+mod route;
 
 use common::simulator::Simulator;
 use common::skip::skipped;

@@ -8,8 +8,10 @@ mod arrays;
 mod attention;
 mod linear;
 mod merge;
+mod route;
 
 pub use arrays::{Staged, StagedMut, vector};
 pub use attention::attention;
 pub use linear::{linear, linear_heads};
 pub use merge::merge;
+pub use route::route;

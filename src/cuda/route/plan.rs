@@ -1,6 +1,7 @@
 //! The plan of a call of routing: its kernels in order, and what a launch checks.
 
 use super::coupled::{Coupled, is_coupled};
+use super::losses::Losses;
 use super::problem::{Route, RouteArgs};
 use super::tokens::{Extra, Gives, Tokens};
 use crate::cuda::driver::{Driver, Launch, Stream};
@@ -25,6 +26,7 @@ pub struct RoutePlan {
     aux_loss: bool,
     z_loss: bool,
     choice: Choice,
+    losses: Option<Losses>,
     workspace_bytes: usize,
 }
 
@@ -52,9 +54,7 @@ impl RoutePlan {
         } else {
             Choice::Tokens(Tokens::new(problem, Gives::Weights, false)?)
         };
-        if problem.aux_loss || problem.z_loss {
-            return Err(Error::unsupported("cuda", "losses of routing"));
-        }
+        let losses = Losses::new(problem, &mut parts)?;
         let bytes = |name, rows, stride| stride_bytes(name, Dtype::F32, rows, stride);
         let expert_tokens = match problem.expert_tokens_stride {
             Some(stride) => {
@@ -75,6 +75,7 @@ impl RoutePlan {
             aux_loss: problem.aux_loss,
             z_loss: problem.z_loss,
             choice,
+            losses,
             workspace_bytes: parts.bytes(),
         })
     }
@@ -90,6 +91,7 @@ impl RoutePlan {
             Choice::Tokens(tokens) => used.push(tokens.kernel()),
             Choice::Coupled(coupled) => used.extend(coupled.kernels()),
         }
+        used.extend(self.losses.iter().flat_map(Losses::kernels));
         used
     }
 
@@ -138,6 +140,10 @@ impl RoutePlan {
             }
             // SAFETY: as above.
             Choice::Coupled(coupled) => unsafe { coupled.launch(driver, args, stream)? },
+        }
+        if let Some(losses) = &self.losses {
+            // SAFETY: as above.
+            unsafe { losses.launch(driver, args, stream)? };
         }
         Ok(())
     }
