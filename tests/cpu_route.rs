@@ -3,7 +3,7 @@
 mod common;
 
 use common::data::Rng;
-use common::routing::{awkward_logits, check_route, option_table, takes_bias};
+use common::routing::{check_route, option_table, takes_bias};
 use common::*;
 use gatefold::cpu::{self, Cpu, Level};
 use gatefold::spec::{
@@ -59,7 +59,7 @@ proptest! {
     #[test]
     fn awkward_logits(spec in strategies::router(), n in 1usize..20, seed in any::<u64>(), bias in any::<bool>(), kind in 0usize..4) {
         let mut rng = Rng::new(seed);
-        let logits = awkward_logits(&mut rng, n * spec.num_experts, kind);
+        let logits = routing::awkward_logits(&mut rng, n * spec.num_experts, kind);
         let mut case = RouteCase::with_logits(&spec, n, &logits, seed);
         if bias && takes_bias(&spec) {
             case = case.with_bias();
