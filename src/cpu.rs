@@ -14,6 +14,7 @@ mod math;
 mod mla;
 mod moe;
 mod norm;
+mod pages;
 mod parallel;
 mod qkv;
 mod retention;

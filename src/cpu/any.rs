@@ -53,6 +53,18 @@ pub enum AnyRow<'a> {
     F16(&'a [f16]),
 }
 
+impl AnyRow<'_> {
+    /// Number of values.
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        match self {
+            AnyRow::F32(x) => x.len(),
+            AnyRow::Bf16(x) => x.len(),
+            AnyRow::F16(x) => x.len(),
+        }
+    }
+}
+
 /// A [`Shared`] slice of any element type.
 #[derive(Clone, Copy)]
 pub enum AnyShared<'a> {

@@ -26,6 +26,10 @@ pub const PANEL: usize = 32;
 /// Most tokens in a tile at any level.
 pub const MAX_TILE: usize = 12;
 
+/// Bytes of a line of cache, and f32 values in it.
+const LINE_BYTES: usize = 64;
+const LINE_SUMS: usize = LINE_BYTES / 4;
+
 /// Tiles of tokens in a block.
 const BLOCK_TILES: usize = 8;
 
@@ -102,43 +106,57 @@ pub trait Epilogue<S: Simd> {
     fn tile(&mut self, simd: S, panel: usize, tile: TileSpan, c: &mut [f32]);
 }
 
-/// Sizes of a block's loops.
+/// Steps of k that one call of the micro-kernel runs in a block of so many packed rows, which has no effect on results.
+///
+/// A chunk of a panel (128 bytes a step, 64 of f16) serves every tile of the block, and the words of the block's tiles serve
+/// every panel, both from L2: a tile of 12 rows reads a step of its chunk in 12 cycles. While they fit there, with the chunk
+/// that is being fetched, k is not cut: the sums are then never stored and taken up again, and a chunk is one run of memory,
+/// where cut chunks of a panel lie a power of two apart and compete for the same lines. (On a Zen 5, with weights from memory,
+/// tiles ran at 73 % of the limit with chunks for L1, 32 KiB, and at 91 % with k uncut.) With one tile a chunk is used once.
+fn part_steps<P: Product>(tile_tokens: usize, rows: usize, all_steps: usize) -> usize {
+    let l2 = cache::sizes().l2;
+    let (words, chunk) = (rows.max(1) * P::A_WORDS * size_of::<P::A>(), P::STEP_WEIGHTS * size_of::<P::W>());
+    let (whole, part) = if rows <= tile_tokens {
+        let fit = (l2 / 4 / words).max(256);
+        (fit, fit)
+    } else {
+        (l2 * 7 / 8 / (words + 2 * chunk), (l2 / 8 / chunk).max(64))
+    };
+    // Equal parts: a short last one would load and store the sums for little work.
+    if all_steps <= whole { all_steps.max(1) } else { all_steps.div_ceil(all_steps.div_ceil(part)) }
+}
+
+/// What the blocks of a call need, whatever their number of tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct Blocking {
-    /// Steps of k that one call of the micro-kernel runs.
-    pub steps: usize,
-    /// Most panels in a block.
+    /// Packed rows of the largest block.
+    rows: usize,
+    /// Whether some block needs its sums between parts of k.
+    is_cut: bool,
+    /// Words of scratch for packed activations.
+    pub words_len: usize,
+    /// Most panels in an item.
     pub panels: usize,
 }
 
 impl Blocking {
     /// For blocks of at most `tokens` tokens.
-    ///
-    /// A chunk of a panel (128 bytes a step) serves every tile of the block from L1 or L2, and the words of the block's tiles
-    /// serve every panel from L2, with the sums between them. With one tile a chunk is used once: then k is not cut.
     pub fn new<P: Product>(tile_tokens: usize, tokens: usize, all_steps: usize) -> Blocking {
-        let caches = cache::sizes();
-        let tokens = tokens.min(block_tokens(tile_tokens)).max(1);
-        let steps = if tokens <= tile_tokens {
-            let fit = caches.l2 / 4 / (tokens * P::A_WORDS * 4);
-            all_steps.min(fit.max(256))
-        } else {
-            // Equal parts: a short last block would load and store the sums for little work.
-            let most = (caches.l1 * 2 / 3 / 128).max(64);
-            all_steps.div_ceil(all_steps.div_ceil(most).max(1))
-        };
-        let sums = tokens.next_multiple_of(2) * PANEL * 4;
-        let panels = (caches.l2 * 3 / 8 / sums).max(1);
-        Blocking { steps: steps.max(1), panels }
+        let rows = padded_rows(tile_tokens, tokens.clamp(1, block_tokens(tile_tokens)));
+        let (mut is_cut, mut words_len) = (false, 0);
+        for rows in 1..=rows {
+            let steps = part_steps::<P>(tile_tokens, rows, all_steps);
+            is_cut |= steps < all_steps;
+            words_len = words_len.max(rows * steps * P::A_WORDS);
+        }
+        // Sums of many panels are read and written once for each part of k, between which they need not stay in L2.
+        let panels = if is_cut { (cache::sizes().l2 / (rows * PANEL * 4)).max(1) } else { usize::MAX };
+        Blocking { rows, is_cut, words_len, panels }
     }
 
-    /// f32 values that [`multiply`] needs as scratch for a block.
-    pub fn sums_len(&self, tile_tokens: usize, tokens: usize, panels: usize, all_steps: usize) -> usize {
-        if all_steps <= self.steps {
-            MAX_TILE * PANEL
-        } else {
-            padded_rows(tile_tokens, tokens.min(block_tokens(tile_tokens))) * panels * PANEL
-        }
+    /// f32 values that [`multiply`] needs as scratch for a block against so many panels.
+    pub fn sums_len(&self, panels: usize) -> usize {
+        if self.is_cut { self.rows * panels * PANEL } else { MAX_TILE * PANEL }
     }
 }
 
@@ -150,12 +168,25 @@ pub fn panels_per_item(panels: usize, most: usize, blocks: usize, workers: usize
     panels.div_ceil(groups.max(1)).max(1)
 }
 
+/// What a worker will probably read after a block, to be asked for in time: slices of any length, empty where nothing is known.
+pub struct Following<'a, P: Product> {
+    /// From the first panel.
+    pub weights: &'a [P::W],
+    /// Activations that are packed already, all of them.
+    pub words: &'a [P::A],
+}
+
+impl<P: Product> Following<'_, P> {
+    /// Nothing is known.
+    pub const NONE: Self = Following { weights: &[], words: &[] };
+}
+
 /// A block: all tokens against `panels`, over all k. `weights` holds all panels of the matrix, `steps * STEP_WEIGHTS` values
-/// each; `sums` as [`Blocking::sums_len`] says; `following` are weights that this worker will read next, if that is known.
+/// each; `sums` is as long as [`Blocking::sums_len`] says.
 ///
 /// With several tiles, each asks for its share of the next chunk of weights, so that memory works while the tiles compute: else
 /// the first tile of a chunk would wait for memory and the others leave it idle. A lone tile is bound by memory anyway, and
-/// reads a stream that the hardware foresees.
+/// reads a stream that the hardware foresees. `following` is what this worker will probably read next.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 pub fn multiply<S: Simd, P: Product>(
@@ -164,8 +195,7 @@ pub fn multiply<S: Simd, P: Product>(
     steps: usize,
     panels: Range<usize>,
     weights: &[P::W],
-    following: Option<&[P::W]>,
-    blocking: Blocking,
+    following: Following<'_, P>,
     activations: &mut impl Activations<S, P>,
     sums: &mut [f32],
     epilogue: &mut impl Epilogue<S>,
@@ -173,10 +203,14 @@ pub fn multiply<S: Simd, P: Product>(
     let panel_len = steps * P::STEP_WEIGHTS;
     let rows: usize = tiles(S::TILE_TOKENS, tokens).map(|tile| tile.rows).sum();
     let num_tiles = tiles(S::TILE_TOKENS, tokens).count();
-    let whole = steps <= blocking.steps;
+    let part = part_steps::<P>(S::TILE_TOKENS, rows, steps);
+    let whole = part >= steps;
+    let parts = steps.div_ceil(part);
+    let mut following_words = following.words.chunks(LINE_BYTES / size_of::<P::A>()).map(<[P::A]>::as_ptr);
+    let following_share = following_words.len().div_ceil((parts * panels.len() * num_tiles).max(1));
     let mut start = 0;
     loop {
-        let end = (start + blocking.steps).min(steps);
+        let end = (start + part).min(steps);
         activations.prepare(simd, start..end);
         for panel in panels.clone() {
             let chunk = &weights[panel * panel_len + start * P::STEP_WEIGHTS..][..(end - start) * P::STEP_WEIGHTS];
@@ -184,13 +218,24 @@ pub fn multiply<S: Simd, P: Product>(
                 weights.as_ptr().wrapping_add((panel + 1) * panel_len + start * P::STEP_WEIGHTS)
             } else if end < steps {
                 weights.as_ptr().wrapping_add(panels.start * panel_len + end * P::STEP_WEIGHTS)
+            } else if following.weights.is_empty() {
+                chunk.as_ptr()
             } else {
-                following.map_or(chunk.as_ptr(), <[P::W]>::as_ptr)
+                following.weights.as_ptr()
             };
             let stride = if num_tiles > 1 { (P::STEP_WEIGHTS * size_of::<P::W>()).div_ceil(num_tiles) } else { 0 };
             for (i, tile) in tiles(S::TILE_TOKENS, tokens).enumerate() {
                 let ahead = Ahead { at: next.cast::<u8>().wrapping_add(i * stride * (end - start)), stride };
                 let at = if whole { 0 } else { ((panel - panels.start) * rows + tile.row) * PANEL };
+                // The next tile's sums, if there are some.
+                if start > 0 {
+                    for line in 0..tile.rows * PANEL / LINE_SUMS {
+                        simd.prefetch(sums.as_ptr().wrapping_add(at + tile.rows * PANEL + line * LINE_SUMS));
+                    }
+                }
+                for line in following_words.by_ref().take(following_share) {
+                    simd.prefetch_l2(line);
+                }
                 let c = &mut sums[at..][..tile.rows * PANEL];
                 tile::tile::<S, P>(simd, tile.rows, activations.tile(tile, start..end), chunk, c, start == 0, ahead);
                 if end == steps {

@@ -5,7 +5,7 @@ use super::float::Float;
 use super::gemm::pack::{PackedRows, Rows, pack_panel, pack_panel_transposed, packed_len, panel_len};
 use super::gemm::product::{Product, ProductKernel, with_product};
 use super::gemm::{
-    Blocking, Epilogue, PANEL, TileSpan, block_tokens, multiply, num_panels, padded_rows, panels_per_item,
+    Blocking, Epilogue, Following, PANEL, TileSpan, block_tokens, multiply, num_panels, panels_per_item,
 };
 use super::level::dispatch;
 use super::parallel::{self, Shared};
@@ -240,7 +240,6 @@ struct Plan {
     items: usize,
     workers: usize,
     steps: usize,
-    blocking: Blocking,
     words_len: usize,
     sums_len: usize,
 }
@@ -254,7 +253,6 @@ impl Plan {
         let item_panels = panels_per_item(panels, blocking.panels, blocks * weight.heads, parallel::max_workers());
         let groups = panels.div_ceil(item_panels);
         let items = weight.heads * groups * blocks;
-        let rows = padded_rows(S::TILE_TOKENS, num_tokens.min(block)); // a last block has no more
         Plan {
             block,
             blocks,
@@ -264,10 +262,18 @@ impl Plan {
             items,
             workers: parallel::workers_for(items),
             steps,
-            blocking,
-            words_len: (rows * blocking.steps.min(steps) * P::A_WORDS).next_multiple_of(16),
-            sums_len: blocking.sums_len(S::TILE_TOKENS, num_tokens, item_panels, steps).next_multiple_of(16),
+            words_len: blocking.words_len.next_multiple_of(16),
+            sums_len: blocking.sums_len(item_panels).next_multiple_of(16),
         }
+    }
+
+    /// Head, group of panels and block of an item. Blocks are next to each other, so that workers share the panels in the last
+    /// level cache; the last block, which may be short, comes after all others.
+    fn place(&self, item: usize) -> [usize; 3] {
+        let long = self.blocks - 1;
+        let items = self.items / self.blocks * long;
+        let (block, rest) = if item < items { (item % long, item / long) } else { (long, item - items) };
+        [rest / self.groups, rest % self.groups, block]
     }
 
     fn bytes(&self) -> usize {
@@ -356,10 +362,7 @@ impl<P: Product> Kernel for Item<'_, P> {
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         let (plan, call) = (self.plan, self.call);
-        // Blocks are next to each other, so that workers share the panels in the last level cache.
-        let block = self.item % plan.blocks;
-        let group = self.item / plan.blocks % plan.groups;
-        let head = self.item / plan.blocks / plan.groups;
+        let [head, group, block] = plan.place(self.item);
         let first = block * plan.block;
         let tokens = plan.block.min(call.x.shape()[0] - first);
         let panels = group * plan.item_panels..((group + 1) * plan.item_panels).min(plan.panels);
@@ -367,18 +370,14 @@ impl<P: Product> Kernel for Item<'_, P> {
         let mut activations = PackedRows { rows, tokens, words: self.words };
         let mut store = Store { call, first, head };
         let weights = call.weight.panels::<P::W>(head);
-        multiply::<S, P>(
-            simd,
-            tokens,
-            plan.steps,
-            panels,
-            weights,
-            None,
-            plan.blocking,
-            &mut activations,
-            self.sums,
-            &mut store,
-        );
+        // Each of the other workers takes an item in the meantime.
+        let mut following = Following::NONE;
+        if self.item + plan.workers < plan.items {
+            let [head, group, _] = plan.place(self.item + plan.workers);
+            let first = group * plan.item_panels * plan.steps * P::STEP_WEIGHTS;
+            following.weights = &call.weight.panels::<P::W>(head)[first..];
+        }
+        multiply::<S, P>(simd, tokens, plan.steps, panels, weights, following, &mut activations, self.sums, &mut store);
     }
 }
 

@@ -1,12 +1,16 @@
 //! Scratch memory that the caller owns: one aligned buffer that grows on demand and is carved into typed parts.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use super::pages::{HUGE, ask_for_huge};
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 
 /// Alignment of the buffer and of every part: a cache line, and the widest vector.
 pub const ALIGN: usize = 64;
 
-/// Bytes in fixed place, aligned to [`ALIGN`], zero at first.
+/// From this size on bytes lie in huge pages, where the system has some.
+const HUGE_FROM: usize = 2 * HUGE;
+
+/// Bytes in fixed place, aligned to [`ALIGN`] at least, zero at first.
 pub struct AlignedBytes {
     start: NonNull<u8>,
     len: usize,
@@ -30,13 +34,19 @@ impl AlignedBytes {
         }
         let layout = Self::layout(len);
         // SAFETY: the layout's size is `len`, which is not 0.
-        let start = unsafe { alloc_zeroed(layout) };
+        let start = unsafe { alloc(layout) };
         let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout));
+        if layout.align() == HUGE {
+            ask_for_huge(start.as_ptr(), len);
+        }
+        // SAFETY: `start` points to `len` bytes.
+        unsafe { start.as_ptr().write_bytes(0, len) };
         AlignedBytes { start, len }
     }
 
     fn layout(len: usize) -> Layout {
-        Layout::from_size_align(len, ALIGN).expect("more bytes than an address space has")
+        let align = if len >= HUGE_FROM { HUGE } else { ALIGN };
+        Layout::from_size_align(len, align).expect("more bytes than an address space has")
     }
 
     /// All bytes.

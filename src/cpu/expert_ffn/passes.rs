@@ -8,7 +8,7 @@ use crate::args::Routing;
 use crate::cpu::any::{AnyRow, AnyShared, AnyView};
 use crate::cpu::gemm::pack::{PackedRows, Rows, transpose};
 use crate::cpu::gemm::product::{Product, ProductKernel, with_product};
-use crate::cpu::gemm::{Activations, Epilogue, MAX_TILE, PANEL, TileSpan, multiply, padded_rows};
+use crate::cpu::gemm::{Activations, Epilogue, Following, MAX_TILE, PANEL, TileSpan, multiply, padded_rows};
 use crate::cpu::parallel::{self, Shared};
 use crate::cpu::simd::{Kernel, Simd};
 use crate::cpu::workspace::Carver;
@@ -184,7 +184,8 @@ impl<S: Simd> ProductKernel<S> for Run<'_, '_> {
                 };
                 let (group, item) = if item < items[0] { (&groups[0], item) } else { (&groups[1], item - items[0]) };
                 let Some(group) = group else { return };
-                simd.run(UpItem::<P> { group, hidden: call.hidden, chunk: chunk.clone(), item, words, sums });
+                let (hidden, chunk, workers) = (call.hidden, chunk.clone(), plan.workers);
+                simd.run(UpItem::<P> { group, hidden, chunk, item, workers, words, sums });
             });
             let panels = hidden_size.div_ceil(PANEL);
             parallel::run(panels.div_ceil(plan.down_panels), |worker, item| {
@@ -210,6 +211,7 @@ struct UpItem<'a, P: Product> {
     hidden: AnyView<'a, 2>,
     chunk: Range<usize>,
     item: usize,
+    workers: usize,
     words: &'a mut [P::A],
     sums: &'a mut [f32],
 }
@@ -221,9 +223,19 @@ impl<P: Product> Kernel for UpItem<'_, P> {
     fn eval<S: Simd>(self, simd: S) {
         let (group, plan) = (self.group, &self.group.plan);
         // The blocks of one expert are next to each other, so that workers share its panels in the last level cache.
-        let block = Block::from_raw(group.blocks[self.item % group.blocks.len()]);
-        let first_panel = self.item / group.blocks.len() * plan.up_panels;
+        let place = |item: usize| {
+            let block = Block::from_raw(group.blocks[item % group.blocks.len()]);
+            (block, item / group.blocks.len() * plan.up_panels)
+        };
+        let (block, first_panel) = place(self.item);
         let panels = first_panel..(first_panel + plan.up_panels).min(plan.panels.up);
+        let weights = |expert: usize| group.experts.panels::<P::W>(expert)[0];
+        // Each of the other workers takes an item in the meantime.
+        let mut following = Following::NONE;
+        if self.item + self.workers < group.items() {
+            let (block, first_panel) = place(self.item + self.workers);
+            following.weights = &weights(block.expert)[first_panel * plan.up_steps * P::STEP_WEIGHTS..];
+        }
         let rows = Gather { hidden: self.hidden, start: self.chunk.start, group, first: block.first };
         let mut activations = PackedRows { rows, tokens: block.len, words: self.words };
         let mut epilogue = StoreInner::<P> { group, block };
@@ -232,9 +244,8 @@ impl<P: Product> Kernel for UpItem<'_, P> {
             block.len,
             plan.up_steps,
             panels,
-            group.experts.panels::<P::W>(block.expert)[0],
-            None,
-            plan.up_blocking,
+            weights(block.expert),
+            following,
             &mut activations,
             self.sums,
             &mut epilogue,
@@ -296,7 +307,7 @@ impl<S: Simd, P: Product> Epilogue<S> for StoreInner<'_, P> {
             let start = (block.row + tile.row) * plan.inner_row + first_word * tile.rows;
             // SAFETY: the rows of a tile belong to one block, and these words of them to one panel, so to one item.
             let out = unsafe { group.inner.part(start, n * tile.rows) };
-            transpose(&words, tile.rows, out);
+            transpose(simd, &words, tile.rows, out);
         }
     }
 }
@@ -327,11 +338,16 @@ impl<P: Product> Kernel for DownItem<'_, P> {
                 let block = Block::from_raw(*block);
                 let down = |expert: usize| group.experts.panels::<P::W>(expert)[1];
                 let first_weight = self.panels.start * plan.down_steps * P::STEP_WEIGHTS;
-                let following =
-                    group.blocks.get(i + 1).map(|next| &down(Block::from_raw(*next).expert)[first_weight..]);
-                let len = padded_rows(S::TILE_TOKENS, block.len) * plan.inner_row;
-                // SAFETY: the first pass is over, and nobody writes inner rows in the second.
-                let inner = unsafe { group.inner.read(block.row * plan.inner_row, len) };
+                let inner = |block: Block| {
+                    let len = padded_rows(S::TILE_TOKENS, block.len) * plan.inner_row;
+                    // SAFETY: the first pass is over, and nobody writes inner rows in the second.
+                    unsafe { group.inner.read(block.row * plan.inner_row, len) }
+                };
+                let following = match group.blocks.get(i + 1).map(|next| Block::from_raw(*next)) {
+                    Some(next) => Following { weights: &down(next.expert)[first_weight..], words: inner(next) },
+                    None => Following::NONE,
+                };
+                let inner = inner(block);
                 let mut activations = InnerRows::<P> { inner, inner_row: plan.inner_row };
                 let mut epilogue =
                     Combine { group, block, first_panel: self.panels.start, width, totals: &mut *totals };
@@ -342,7 +358,6 @@ impl<P: Product> Kernel for DownItem<'_, P> {
                     self.panels.clone(),
                     down(block.expert),
                     following,
-                    plan.down_blocking,
                     &mut activations,
                     self.sums,
                     &mut epilogue,

@@ -4,7 +4,7 @@ use super::packed::{PackedExperts, Panels};
 use super::sort::{RawBlock, max_blocks, max_rows};
 use crate::cpu::gemm::cache;
 use crate::cpu::gemm::product::Product;
-use crate::cpu::gemm::{Blocking, PANEL, block_tokens, padded_rows, panels_per_item};
+use crate::cpu::gemm::{Blocking, PANEL, block_tokens, panels_per_item};
 use crate::cpu::parallel;
 use crate::cpu::simd::Simd;
 use crate::cpu::workspace::part_bytes;
@@ -28,14 +28,12 @@ pub struct GroupPlan {
     /// Assignments at most.
     pub assignments: usize,
     pub max_blocks: usize,
-    /// Steps and blocking of gate and up.
+    /// Steps of gate and up.
     pub up_steps: usize,
-    pub up_blocking: Blocking,
     /// Panels of gate and up in an item.
     pub up_panels: usize,
-    /// Steps and blocking of down.
+    /// Steps of down.
     pub down_steps: usize,
-    pub down_blocking: Blocking,
     /// Words of an inner row, and of all inner rows.
     pub inner_row: usize,
     pub inner_len: usize,
@@ -64,10 +62,10 @@ impl Plan {
         // Whole tiles, so that the rows of a block start at its first assignment.
         let block = block_tokens(S::TILE_TOKENS).min(chunk.max(1).next_multiple_of(S::TILE_TOKENS));
         let workers = parallel::max_workers();
-        let rows = padded_rows(S::TILE_TOKENS, block);
         let (mut words_len, mut sums_len) = (0, 0);
-        // A pass over the tokens of an item adds into `chunk * columns` totals, which should stay in the second level cache.
-        let fit = (cache::sizes().l2 / 2 / (chunk.max(1) * PANEL * 4)).clamp(1, 4);
+        // A pass over the tokens of an item adds into `chunk * columns` totals, which should stay in the second level cache, and
+        // reads all inner rows.
+        let fit = (cache::sizes().l2 / 2 / (chunk.max(1) * PANEL * 4)).clamp(1, 8);
         let down_panels = panels_per_item(hidden_size.div_ceil(PANEL), fit, 1, workers);
         let groups = sizes.map(|sizes| {
             let Sizes { experts, slots } = sizes?;
@@ -79,9 +77,8 @@ impl Plan {
             let down_blocking = Blocking::new::<P>(S::TILE_TOKENS, block, down_steps);
             let likely_blocks = max_blocks(num_experts, assignments, block);
             let up_panels = panels_per_item(panels.up, up_blocking.panels, likely_blocks, workers);
-            words_len = words_len.max(rows * up_blocking.steps.min(up_steps) * P::A_WORDS);
-            sums_len = sums_len.max(up_blocking.sums_len(S::TILE_TOKENS, block, up_panels, up_steps));
-            sums_len = sums_len.max(down_blocking.sums_len(S::TILE_TOKENS, block, down_panels, down_steps));
+            words_len = words_len.max(up_blocking.words_len);
+            sums_len = sums_len.max(up_blocking.sums_len(up_panels)).max(down_blocking.sums_len(down_panels));
             let inner_row = down_steps * P::A_WORDS;
             let max_rows = max_rows(num_experts, assignments, block);
             Some(GroupPlan {
@@ -89,10 +86,8 @@ impl Plan {
                 assignments,
                 max_blocks: max_blocks(num_experts, assignments, block),
                 up_steps,
-                up_blocking,
                 up_panels,
                 down_steps,
-                down_blocking,
                 inner_row,
                 inner_len: max_rows * inner_row,
             })

@@ -4,7 +4,7 @@ use super::product::Product;
 use super::{Activations, MAX_TILE, PANEL, TileSpan, num_panels, tiles};
 use crate::cpu::any::AnyRow;
 use crate::cpu::float::Float;
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{MAX_LANES, Simd};
 use crate::element::Dtype;
 use std::ops::Range;
 
@@ -102,24 +102,67 @@ fn pack_tile<'a, S: Simd, P: Product>(
     words: Range<usize>,
     out: &mut [P::A],
 ) {
+    let rows: [AnyRow<'a>; MAX_TILE] = std::array::from_fn(|i| row(i.min(tile.tokens - 1)));
+    // What can be read as whole vectors; then the rest, and the zeros behind the row's end.
+    let in_row = (rows[0].len() * P::A_WORDS / P::STEP_K).min(words.end).saturating_sub(words.start);
+    let whole = in_row / S::LANES * S::LANES;
+    for start in (0..whole).step_by(S::LANES) {
+        let mut by_row = [simd.zero(); MAX_LANES];
+        for (lanes, row) in by_row.iter_mut().zip(&rows).take(tile.tokens) {
+            *lanes = P::lanes(simd, *row, words.start + start);
+        }
+        store_by_word(simd, &by_row, tile.rows, S::LANES, &mut out[start * tile.rows..]);
+    }
     let zero: P::A = bytemuck::Zeroable::zeroed();
     let mut chunk = [[zero; CHUNK]; MAX_TILE];
-    for start in (0..words.len()).step_by(CHUNK) {
+    for start in (whole..words.len()).step_by(CHUNK) {
         let n = CHUNK.min(words.len() - start);
         let at = words.start + start;
-        for (i, chunk) in chunk.iter_mut().enumerate().take(tile.tokens) {
-            P::words(simd, row(i), at..at + n, &mut chunk[..n]);
+        for (chunk, row) in chunk.iter_mut().zip(&rows).take(tile.tokens) {
+            P::words(simd, *row, at..at + n, &mut chunk[..n]);
         }
-        transpose(&chunk, tile.rows, &mut out[start * tile.rows..][..n * tile.rows]);
+        transpose(simd, &chunk, tile.rows, &mut out[start * tile.rows..][..n * tile.rows]);
     }
 }
 
 /// `out[word][row] = chunk[row][word]` for the first `rows` rows and `out.len() / rows` words.
 #[inline(always)]
-pub fn transpose<A: Copy>(chunk: &[[A; CHUNK]; MAX_TILE], rows: usize, out: &mut [A]) {
-    for (word, out) in out.chunks_exact_mut(rows).enumerate().take(CHUNK) {
-        for (out, row) in out.iter_mut().zip(chunk) {
-            *out = row[word];
+pub fn transpose<S: Simd, A: bytemuck::Pod>(simd: S, chunk: &[[A; CHUNK]; MAX_TILE], rows: usize, out: &mut [A]) {
+    const { assert!(S::TILE_TOKENS <= S::LANES && CHUNK.is_multiple_of(S::LANES)) }
+    let words = out.len() / rows;
+    for start in (0..words).step_by(S::LANES) {
+        let mut by_row = [simd.zero(); MAX_LANES];
+        for (lanes, row) in by_row.iter_mut().zip(chunk).take(rows) {
+            *lanes = simd.load(&bytemuck::cast_slice::<A, f32>(row)[start..]);
         }
+        store_by_word(simd, &by_row, rows, S::LANES.min(words - start), &mut out[start * rows..]);
+    }
+}
+
+/// `out[word][row]` = lane `word` of `by_row[row]`, bit for bit, for so many words of 4 bytes. What follows them in `out` may
+/// be overwritten.
+#[inline(always)]
+fn store_by_word<S: Simd, A: bytemuck::Pod>(
+    simd: S,
+    by_row: &[S::F32; MAX_LANES],
+    rows: usize,
+    words: usize,
+    out: &mut [A],
+) {
+    let out: &mut [f32] = bytemuck::cast_slice_mut(out);
+    if rows == 1 {
+        return simd.store_partial(&mut out[..words], by_row[0]);
+    }
+    let mut by_word = [0.0; MAX_LANES * MAX_LANES];
+    simd.transpose(by_row, &mut by_word, S::LANES);
+    let mut rest = out;
+    for lanes in by_word.chunks_exact(S::LANES).take(words) {
+        // Lanes past the last row are overwritten by the next word.
+        if rest.len() >= S::LANES {
+            simd.store(rest, simd.load(lanes));
+        } else {
+            simd.store_partial(&mut rest[..rows], simd.load(lanes));
+        }
+        rest = &mut rest[rows..];
     }
 }

@@ -35,6 +35,9 @@ pub trait Product: Send + Sync + 'static {
     /// The words of one token for some of k (`k.start` at a step); words past the end of the row's k are 0.
     fn words<S: Simd>(simd: S, row: AnyRow<'_>, words: Range<usize>, out: &mut [Self::A]);
 
+    /// `LANES` words of one token from word `word`, bit for bit as f32; all are within the row.
+    fn lanes<S: Simd>(simd: S, row: AnyRow<'_>, word: usize) -> S::F32;
+
     /// Writes words from f32 values, `STEP_K / A_WORDS` values to a word: `out.len()` words.
     fn words_from_f32<S: Simd>(simd: S, values: &[f32], out: &mut [Self::A]);
 
@@ -67,6 +70,15 @@ fn widen_any<S: Simd>(simd: S, row: AnyRow<'_>, words: Range<usize>, out: &mut [
     }
 }
 
+#[inline(always)]
+fn widen_lanes<S: Simd>(simd: S, row: AnyRow<'_>, word: usize) -> S::F32 {
+    match row {
+        AnyRow::F32(row) => simd.load(&row[word..]),
+        AnyRow::Bf16(row) => simd.load_bf16(&row[word..]),
+        AnyRow::F16(row) => simd.load_f16(&row[word..]),
+    }
+}
+
 /// f32 weights.
 pub struct F32;
 
@@ -84,6 +96,10 @@ impl Product for F32 {
     #[inline(always)]
     fn words<S: Simd>(simd: S, row: AnyRow<'_>, words: Range<usize>, out: &mut [f32]) {
         widen_any(simd, row, words, out);
+    }
+    #[inline(always)]
+    fn lanes<S: Simd>(simd: S, row: AnyRow<'_>, word: usize) -> S::F32 {
+        widen_lanes(simd, row, word)
     }
     #[inline(always)]
     fn words_from_f32<S: Simd>(_: S, values: &[f32], out: &mut [f32]) {
@@ -120,6 +136,10 @@ impl Product for F16 {
         widen_any(simd, row, words, out);
     }
     #[inline(always)]
+    fn lanes<S: Simd>(simd: S, row: AnyRow<'_>, word: usize) -> S::F32 {
+        widen_lanes(simd, row, word)
+    }
+    #[inline(always)]
     fn words_from_f32<S: Simd>(_: S, values: &[f32], out: &mut [f32]) {
         out.copy_from_slice(&values[..out.len()]);
     }
@@ -143,6 +163,10 @@ impl Product for Bf16Wide {
     #[inline(always)]
     fn words<S: Simd>(simd: S, row: AnyRow<'_>, words: Range<usize>, out: &mut [f32]) {
         widen_any(simd, row, words, out);
+    }
+    #[inline(always)]
+    fn lanes<S: Simd>(simd: S, row: AnyRow<'_>, word: usize) -> S::F32 {
+        widen_lanes(simd, row, word)
     }
     #[inline(always)]
     fn words_from_f32<S: Simd>(_: S, values: &[f32], out: &mut [f32]) {
@@ -200,10 +224,15 @@ impl Product for Bf16Dot {
         out[written..words.len()].fill(0);
     }
     #[inline(always)]
+    fn lanes<S: Simd>(simd: S, row: AnyRow<'_>, word: usize) -> S::F32 {
+        let AnyRow::Bf16(row) = row else { unreachable!("pairs are made from bf16") };
+        simd.load_neighbours(&row[2 * word..])
+    }
+    #[inline(always)]
     fn words_from_f32<S: Simd>(simd: S, values: &[f32], out: &mut [u32]) {
         let mut rounded = [bf16::ZERO; PANEL];
         for at in (0..2 * out.len()).step_by(S::LANES) {
-            simd.store_partial_bf16(&mut rounded[at..], simd.load_partial(&values[at..]));
+            simd.store_bf16(&mut rounded[at..], simd.load_partial(&values[at..]));
         }
         for (out, [low, high]) in out.iter_mut().zip(rounded.as_chunks::<2>().0) {
             *out = u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
