@@ -5,7 +5,7 @@
 
 Every library runs in a process of its own that waits for commands (`peer.py`). For each workload gatefold makes the inputs and
 checks its answers against its reference; every peer computes the same, and its answers are compared with gatefold's: a difference
-ends the run. Then come rounds: in each, every program makes a few calls, in an order that rotates. A ratio is formed in each
+ends the run. `--add` puts rows into the report that this machine has for today, so that a run may be taken in steps. Then come rounds: in each, every program makes a few calls, in an order that rotates. A ratio is formed in each
 round, from medians a second or two apart, so that other load on the machine hits both; the table has the median of the ratios.
 """
 
@@ -235,6 +235,7 @@ def limit_seconds(result, limits):
 def table(report):
     """The report as Markdown."""
     limits = report["limits"]
+    others = statistics.median(r["others_cpu"] for r in report["results"])
     lines = [
         f"# CPU, {report['machine']}, {report['date']}",
         "",
@@ -242,9 +243,11 @@ def table(report):
         f"{limits['f32_gflop_s']:.0f} GFLOP/s (f32), {limits['bf16_gflop_s']:.0f} GFLOP/s (bf16 pairs), "
         f"{limits['memory_gb_s']:.1f} GB/s from memory, {limits['l3_gb_s']:.0f} from the third-level cache.",
         f"{', '.join(f'{name} {version}' for name, version in report['versions'].items())}.",
-        f"{report['rounds']} rounds; in each, every program in turn. Command: `{report['command']}`",
+        f"{report['rounds']} rounds; in each, every program in turn. Commands:",
         "",
-        f"{report['remark'] + ' ' if report['remark'] else ''}Other processes used {report['others_cpu']:.2f} CPUs meanwhile (median).",
+        *(f"    {command}" for command in report["commands"]),
+        "",
+        f"{report['remark'] + ' ' if report['remark'] else ''}Other processes used {others:.2f} CPUs meanwhile (median).",
         "",
         "Time: median over the rounds of each round's median call. Ratio: time of the peer over time of gatefold in the same round,",
         "median (least to greatest); below 1 the peer is faster. Fastest: the same ratio of the fastest calls of all rounds; on a busy",
@@ -310,6 +313,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=0.5, help="of calls of each program in each round")
     parser.add_argument("--quiet", type=float, default=5, help="seconds to wait for other load to end, before each round")
     parser.add_argument("--remark", default="", help="what a reader should know of the machine, for the report")
+    parser.add_argument("--add", action="store_true", help="keep the other rows of today's report")
     parser.add_argument("--results", type=Path, default=ROOT / "benches" / "results", help="folder of the report")
     options = parser.parse_args()
 
@@ -342,7 +346,18 @@ def main():
     after = ours.ask("limits")
     for program in programs:
         program.close()
-    results.sort(key=lambda r: WORKLOADS.index(r["workload"]))
+    limits = {name: max(value, after[name]) for name, value in limits.items()}
+    commands = [shlex.join(["python", "benches/compare/cpu/run.py", *sys.argv[1:]])]
+    threads = "" if options.threads == len(os.sched_getaffinity(0)) else f"-{options.threads}-threads"
+    stem = f"{options.results}/cpu-{options.machine}-{datetime.date.today().isoformat()}{threads}"
+    if options.add and Path(f"{stem}.json").exists():
+        before = json.loads(Path(f"{stem}.json").read_text())
+        measured = {(r["workload"], r["dtype"]) for r in results}
+        results += [r for r in before["results"] if (r["workload"], r["dtype"]) not in measured]
+        limits = {name: max(value, before["limits"][name]) for name, value in limits.items()}
+        commands = [c for c in before["commands"] if c not in commands] + commands
+        versions, missing = before["versions"] | versions, before["missing"] | missing
+    results.sort(key=lambda r: (WORKLOADS.index(r["workload"]), list(TOLERANCES).index(r["dtype"])))
     report = {
         "machine": options.machine,
         "cpu": cpu_name(),
@@ -350,16 +365,14 @@ def main():
         "threads": options.threads,
         "level": level,
         "rounds": options.rounds,
-        "command": shlex.join(["python", "benches/compare/cpu/run.py", *sys.argv[1:]]),
+        "commands": commands,
         "remark": options.remark,
-        "others_cpu": statistics.median(r["others_cpu"] for r in results),
         "versions": versions,
-        "limits": {name: max(value, after[name]) for name, value in limits.items()},
+        "limits": limits,
         "missing": missing,
         "results": results,
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    stem = f"{options.results}/cpu-{options.machine}-{report['date']}"
     Path(f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
     Path(f"{stem}.md").write_text(table(report))
     print(f"{stem}.md")
