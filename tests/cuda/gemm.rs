@@ -1,10 +1,14 @@
 //! Matrix products: linear layers, and rows in groups with a weight matrix each.
 
-use crate::common::sums::{assert_sums, naive_sum, starts_for};
-use crate::common::{Layout, Output, Rng};
+use crate::common::pairs::pairwise;
+use crate::common::sums::{assert_sums, bits, naive_sum, starts_for};
+use crate::common::{Layout, Output, Rng, naive};
 use crate::{on_devices, staged};
-use gatefold::cuda::driver::Driver;
-use gatefold::{Element, View, ViewMut};
+use gatefold::args::FfnWeights;
+use gatefold::cuda::driver::{Buffer, Driver};
+use gatefold::cuda::{GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan, Stream};
+use gatefold::spec::{Activation, Ffn};
+use gatefold::{Element, View, ViewMut, reference};
 use half::{bf16, f16};
 
 // --- linear -----------------------------------------------------------------------------------------------------------
@@ -129,5 +133,420 @@ fn linear() {
         check_linears::<f16, f16>(driver);
         check_linears::<f16, f32>(driver);
         check_linears::<f32, f32>(driver);
+    });
+}
+
+// --- rows in groups ---------------------------------------------------------------------------------------------------
+
+/// How gate and up lie.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Weights {
+    /// One array for each, with gaps behind rows and matrices.
+    Separate,
+    /// Gate rows, then up rows.
+    Halves,
+    /// Up rows, then gate rows.
+    Swapped,
+    /// Gate in the even rows, up in the odd ones.
+    Interleaved,
+}
+
+/// One product of listed rows.
+#[derive(Clone, Debug)]
+struct Grouped {
+    /// Rows of each group.
+    sizes: Vec<usize>,
+    inputs: usize,
+    outputs: usize,
+    gated: bool,
+    activation: Option<Activation>,
+    weights: Weights,
+    bias: bool,
+    row_weight: bool,
+    /// Rows of `a` by number: so many, each used several times.
+    tokens: Option<usize>,
+    /// Elements between rows of `a` and of `out`, beyond their width.
+    gap: usize,
+    seed: u64,
+}
+
+impl Grouped {
+    fn new(sizes: &[usize], outputs: usize, inputs: usize) -> Self {
+        Grouped {
+            sizes: sizes.to_vec(),
+            inputs,
+            outputs,
+            gated: false,
+            activation: None,
+            weights: Weights::Separate,
+            bias: false,
+            row_weight: false,
+            tokens: None,
+            gap: 0,
+            seed: 1,
+        }
+    }
+
+    fn rows(&self) -> usize {
+        self.sizes.iter().sum()
+    }
+}
+
+/// The arguments of a product.
+struct Data<T> {
+    /// `[source rows][inputs]`
+    a: Vec<T>,
+    row_token: Vec<u32>,
+    row_weight: Vec<f32>,
+    /// Gate, up: `[groups][outputs][inputs]`
+    weights: [Vec<T>; 2],
+    /// Gate, up: `[groups][outputs]`
+    biases: [Vec<f32>; 2],
+}
+
+impl<T: Element> Data<T> {
+    fn new(case: &Grouped) -> Self {
+        let mut rng = Rng::new(case.seed);
+        let (groups, rows) = (case.sizes.len(), case.rows());
+        let source = case.tokens.unwrap_or(rows);
+        let deviation = 4.0 / (case.inputs as f64).sqrt();
+        let mut weight = || rng.normals::<T>(groups * case.outputs * case.inputs, deviation);
+        let weights = [weight(), weight()];
+        Data {
+            a: rng.normals(source * case.inputs, 1.0),
+            row_token: (0..rows).map(|r| if case.tokens.is_some() { rng.below(source) } else { r } as u32).collect(),
+            row_weight: (0..rows).map(|_| if case.row_weight { rng.uniform() as f32 } else { 1.0 }).collect(),
+            weights,
+            biases: [0, 1].map(|_| rng.normals(groups * case.outputs, if case.bias { 1.0 } else { 0.0 })),
+        }
+    }
+
+    fn a_row(&self, case: &Grouped, row: usize) -> &[T] {
+        &self.a[self.row_token[row] as usize * case.inputs..][..case.inputs]
+    }
+
+    fn weight_row(&self, case: &Grouped, matrix: usize, group: usize, output: usize) -> &[T] {
+        &self.weights[matrix][(group * case.outputs + output) * case.inputs..][..case.inputs]
+    }
+}
+
+/// Memory of rows with distances: what is around is NaN in an input, a guard in an output.
+fn spread<T: Element>(values: &[T], width: usize, starts: impl Iterator<Item = usize>, len: usize) -> Vec<T> {
+    let mut memory = vec![T::from_f32(f32::NAN); len];
+    for (row, start) in values.chunks_exact(width).zip(starts) {
+        memory[start..start + width].copy_from_slice(row);
+    }
+    memory
+}
+
+const CLASSES: [usize; 4] = [16, 32, 64, 128];
+
+/// The lists of tiles: each group in the class of its size, or all in one.
+fn tiles(case: &Grouped, class: Option<usize>, max_tiles: usize) -> ([u32; 4], Vec<u32>) {
+    let (mut counts, mut lists, mut begin) = ([0; 4], vec![u32::MAX; 4 * max_tiles * 4], 0);
+    for (group, rows) in case.sizes.iter().enumerate() {
+        let natural = CLASSES.iter().position(|tile| rows <= tile).unwrap_or(3);
+        let class = class.unwrap_or(natural);
+        for at in (0..*rows).step_by(CLASSES[class]) {
+            let tile = [group, begin + at, CLASSES[class].min(rows - at), 0].map(|x| x as u32);
+            let index = class * max_tiles + counts[class] as usize;
+            lists[4 * index..4 * index + 4].copy_from_slice(&tile);
+            counts[class] += 1;
+        }
+        begin += rows;
+    }
+    (counts, lists)
+}
+
+/// `out`, from the device. `class`: all rows in tiles of this class, not of that of their group.
+fn run_grouped<T: Element>(driver: &dyn Driver, case: &Grouped, data: &Data<T>, class: Option<usize>) -> Vec<T> {
+    let &Grouped { inputs, outputs, gated, gap, .. } = case;
+    let (groups, rows) = (case.sizes.len(), case.rows());
+    let max_tiles = rows / 16 + groups;
+    let mut problem = GroupedGemm::experts(T::DTYPE, groups, rows, outputs, inputs);
+    let max_group_rows = class.map_or(case.sizes.iter().copied().max().unwrap_or(0), |_| rows);
+    problem.rows = GemmRows::Listed { max_rows: rows, max_group_rows, max_tiles };
+    problem.gated = gated;
+    problem.activation = case.activation;
+    problem.source_rows = data.a.len() / inputs;
+    problem.a_stride = inputs + gap.next_multiple_of(8);
+    problem.out_stride = outputs + gap;
+
+    let upload = |memory: &[T]| Buffer::from_slice(driver, memory).unwrap();
+    let a_len = problem.source_rows * problem.a_stride;
+    let a = upload(&spread(&data.a, inputs, (0..problem.source_rows).map(|r| r * problem.a_stride), a_len));
+    // Where row `output` of a matrix of a group begins: matrix 0 is the gate.
+    let (row, group, start) = match case.weights {
+        Weights::Separate => (inputs + 8, outputs * (inputs + 8) + 16, [groups * (outputs * (inputs + 8) + 16), 0]),
+        Weights::Halves => (inputs, 2 * outputs * inputs, [0, outputs * inputs]),
+        Weights::Swapped => (inputs, 2 * outputs * inputs, [outputs * inputs, 0]),
+        Weights::Interleaved => (2 * inputs, 2 * outputs * inputs, [0, inputs]),
+    };
+    let mut memory = vec![T::from_f32(f32::NAN); 2 * groups * (group + 16)];
+    for matrix in 0..2 {
+        for g in 0..groups {
+            for o in 0..outputs {
+                let at = start[matrix] + g * group + o * row;
+                memory[at..at + inputs].copy_from_slice(data.weight_row(case, matrix, g, o));
+            }
+        }
+    }
+    let weights = upload(&memory);
+    let address = |matrix: usize| weights.ptr() + (start[matrix] * size_of::<T>()) as u64;
+    [problem.gate_stride, problem.up_stride] = [row; 2];
+    [problem.gate_group_stride, problem.up_group_stride] = [group; 2];
+    problem.bias_stride = outputs + gap;
+    let bias = [0, 1].map(|matrix| {
+        let starts = (0..groups).map(|g| g * problem.bias_stride);
+        let memory: Vec<f32> = spread(&data.biases[matrix], outputs, starts, groups * problem.bias_stride);
+        Buffer::from_slice(driver, &memory).unwrap()
+    });
+    let row_token = Buffer::from_slice(driver, &data.row_token).unwrap();
+    let row_weight = Buffer::from_slice(driver, &data.row_weight).unwrap();
+    let (counts, lists) = tiles(case, class, max_tiles);
+    let (counts, lists) = (Buffer::from_slice(driver, &counts).unwrap(), Buffer::from_slice(driver, &lists).unwrap());
+    let guard = T::from_f32(-77.0);
+    let lead = gap; // not aligned to pairs where the gap is odd
+    let out = upload(&vec![guard; lead + rows * problem.out_stride + 16]);
+
+    let plan = GroupedGemmPlan::new(&problem, &driver.limits()).unwrap();
+    assert_eq!(plan.workspace_bytes(), 0);
+    plan.warmup(driver).unwrap();
+    let mut args = GroupedGemmArgs::new(a.ptr(), address(1), out.ptr() + (lead * size_of::<T>()) as u64);
+    args = args.with_tiles(counts.ptr(), lists.ptr());
+    if gated {
+        args = args.with_gate(address(0));
+    }
+    if case.bias {
+        args.gate_bias = Some(bias[0].ptr());
+        args.up_bias = Some(bias[1].ptr());
+    }
+    args.row_token = case.tokens.map(|_| row_token.ptr());
+    args.row_weight = case.row_weight.then(|| row_weight.ptr());
+    // SAFETY: all buffers have the plan's shapes and strides and outlive the read below, which waits.
+    unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
+    let mut memory = out.to_vec::<T>(Stream::LEGACY).unwrap();
+    let mut found = Vec::new();
+    for r in 0..rows {
+        let row = &mut memory[lead + r * problem.out_stride..][..outputs];
+        found.extend_from_slice(row);
+        row.fill(guard);
+    }
+    assert!(memory.iter().all(|x| *x == guard), "written outside of the rows of {case:?}");
+    found
+}
+
+/// The truth, from `reference::mlp` whose second projection copies what lies between the two.
+fn truth<T: Element>(case: &Grouped, data: &Data<T>) -> Vec<f64> {
+    let &Grouped { inputs, outputs, gated, .. } = case;
+    let width = inputs.max(outputs);
+    let mut eye = vec![0.0f64; width * outputs];
+    (0..outputs).for_each(|i| eye[i * outputs + i] = 1.0);
+    let (mut truth, mut row) = (Vec::new(), 0);
+    for (group, size) in case.sizes.iter().enumerate() {
+        let matrix = |matrix: usize| -> Vec<f64> {
+            let mut wide = vec![0.0; outputs * width];
+            for o in 0..outputs {
+                let from = data.weight_row(case, matrix, group, o);
+                wide[o * width..].iter_mut().zip(from).for_each(|(wide, w)| *wide = w.to_f64());
+            }
+            wide
+        };
+        let mut x = vec![0.0f64; size * width];
+        for x in x.chunks_exact_mut(width) {
+            let factor = f64::from(data.row_weight[row]);
+            x.iter_mut().zip(data.a_row(case, row)).for_each(|(x, a)| *x = factor * a.to_f64());
+            row += 1;
+        }
+        let (gate, up) = (matrix(0), matrix(1));
+        let biases = [0, 1].map(|matrix| &data.biases[matrix][group * outputs..][..outputs]);
+        let Some(activation) = case.activation else {
+            for x in x.chunks_exact(width) {
+                for (up, bias) in up.chunks_exact(width).zip(biases[1]) {
+                    truth.push(x.iter().zip(up).map(|(x, w)| x * w).sum::<f64>() + f64::from(*bias));
+                }
+            }
+            continue;
+        };
+        let ffn = if gated { Ffn::gated } else { Ffn::plain }(width, outputs, activation);
+        let ffn = with!(ffn, up_bias: true);
+        let shape = [outputs, width];
+        let gate = gated.then(|| View::new(&gate, shape));
+        let mut weights = FfnWeights::new(gate, View::new(&up, shape), View::new(&eye, [width, outputs]));
+        weights.gate_bias = gated.then_some(biases[0]);
+        weights.up_bias = Some(biases[1]);
+        let mut inner = vec![0.0; size * width];
+        let out = ViewMut::new(&mut inner, [*size, width]);
+        reference::mlp::<f64, f64, f32>(&ffn, View::new(&x, [*size, width]), &weights, out).unwrap();
+        inner.chunks_exact(width).for_each(|inner| truth.extend_from_slice(&inner[..outputs]));
+    }
+    truth
+}
+
+/// The textbook method, rounded where the kernel stores.
+fn naive_grouped<T: Element>(case: &Grouped, data: &Data<T>) -> Vec<T> {
+    let (mut naive, mut row) = (Vec::new(), 0);
+    let starts = starts_for(case.rows() * case.outputs);
+    for (group, size) in case.sizes.iter().enumerate() {
+        for _ in 0..*size {
+            let factor = data.row_weight[row];
+            for o in 0..case.outputs {
+                let sum = |matrix: usize| {
+                    let (a, w) = (data.a_row(case, row), data.weight_row(case, matrix, group, o));
+                    let bias = data.biases[matrix][group * case.outputs + o];
+                    let terms: Vec<f32> = a.iter().zip(w).map(|(a, w)| factor * a.to_f32() * w.to_f32()).collect();
+                    let exact = a.iter().zip(w).map(|(a, w)| f64::from(factor) * a.to_f64() * w.to_f64()).sum::<f64>();
+                    naive_sum(&terms, bias, exact + f64::from(bias), starts)
+                };
+                let gate = case.gated.then(|| sum(0));
+                let up = sum(1);
+                naive.push(T::from_f32(case.activation.map_or(up, |act| naive::inner(act, gate, up))));
+            }
+            row += 1;
+        }
+    }
+    naive
+}
+
+fn check_grouped<T: Element>(driver: &dyn Driver, case: &Grouped) {
+    let data = Data::<T>::new(case);
+    let found = run_grouped(driver, case, &data, None);
+    let what = format!("{case:?} {}", T::DTYPE);
+    assert_sums(&what, &found, &truth(case, &data), &naive_grouped(case, &data), case.outputs);
+}
+
+const ACTIVATIONS: [Activation; 6] = [
+    Activation::Silu,
+    Activation::GeluErf,
+    Activation::GeluTanh,
+    Activation::Relu,
+    Activation::ReluSquared,
+    Activation::SwigluClamped { alpha: 1.702, limit: 3.0 },
+];
+
+/// Every pair of options: activation, layout of the weights, biases, router weight on the input, gather, gaps, size.
+fn check_options<T: Element>(driver: &dyn Driver) {
+    let is_clamped = |activation: usize| activation == 5;
+    let pairs = pairwise(&[7, 4, 2, 2, 2, 3, 2, 2], crate::common::seed(), |x| {
+        let gated = x[6] == 1;
+        !(is_clamped(x[0]) && !gated || x[0] == 6 && gated)
+    });
+    println!("{}: {} of {} pairs in {} cases", T::DTYPE, pairs.covered, pairs.total, pairs.rows.len());
+    for (i, x) in pairs.rows.iter().enumerate() {
+        let sizes: &[usize] = if x[7] == 1 { &[0, 18, 1, 0, 5] } else { &[3, 0, 33] };
+        let mut case = Grouped::new(sizes, [24, 40][i % 2], [40, 136][i / 2 % 2]);
+        case.activation = ACTIVATIONS.get(x[0]).copied();
+        case.gated = x[6] == 1;
+        case.weights = [Weights::Separate, Weights::Halves, Weights::Swapped, Weights::Interleaved][x[1]];
+        case.bias = x[2] == 1;
+        case.row_weight = x[3] == 1;
+        case.tokens = (x[4] == 1).then_some(7);
+        case.gap = [0, 3, 8][x[5]];
+        case.seed = i as u64;
+        check_grouped::<T>(driver, &case);
+    }
+}
+
+#[test]
+fn grouped_options() {
+    on_devices(false, |driver| {
+        check_options::<bf16>(driver);
+        check_options::<f16>(driver);
+        check_options::<f32>(driver);
+    });
+}
+
+/// Groups of all sizes around the tiles, none among them; widths around the tiles too.
+fn check_ragged<T: Element>(driver: &dyn Driver) {
+    let sizes = [0, 1, 15, 16, 17, 0, 64, 128, 129, 300, 0];
+    for (gated, outputs, inputs) in [(true, 72, 72), (false, 136, 64)] {
+        let mut case = Grouped::new(&sizes, outputs, inputs);
+        case.gated = gated;
+        case.activation = gated.then_some(Activation::Silu);
+        case.tokens = Some(90);
+        check_grouped::<T>(driver, &case);
+    }
+    check_grouped::<T>(driver, &Grouped::new(&[0, 0, 0], 8, 8));
+    check_grouped::<T>(driver, &Grouped::new(&[2], 1, 8));
+}
+
+#[test]
+fn grouped_ragged() {
+    on_devices(false, |driver| {
+        check_ragged::<bf16>(driver);
+        check_ragged::<f16>(driver);
+        check_ragged::<f32>(driver);
+    });
+}
+
+/// A row has the same bits in every class of tiles, with other rows and groups around it, and from run to run.
+fn check_grouped_bits<T: Element>(driver: &dyn Driver) {
+    for (gated, bias) in [(true, false), (false, true)] {
+        let mut case = Grouped::new(&[5, 0, 40, 70, 1], 88, 200);
+        case.gated = gated;
+        case.activation = Some(Activation::GeluTanh);
+        case.bias = bias;
+        let data = Data::<T>::new(&case);
+        let all = run_grouped(driver, &case, &data, None);
+        for class in 0..CLASSES.len() {
+            let found = run_grouped(driver, &case, &data, Some(class));
+            assert!(bits(&found) == bits(&all), "{}, gated: {gated}, class {}", T::DTYPE, CLASSES[class]);
+        }
+        // Rows 7 .. 20 of the third group alone.
+        let mut alone = case.clone();
+        alone.sizes = vec![0, 0, 13, 0, 0];
+        let from = (5 + 7) * case.inputs;
+        let rows = Data { a: data.a[from..from + 13 * case.inputs].to_vec(), row_token: (0..13).collect(), ..data };
+        let found = run_grouped(driver, &alone, &rows, None);
+        let from = (5 + 7) * case.outputs;
+        assert!(bits(&found) == bits(&all[from..from + found.len()]), "{}, gated: {gated}, alone", T::DTYPE);
+    }
+}
+
+#[test]
+fn grouped_bits() {
+    on_devices(true, |driver| {
+        check_grouped_bits::<bf16>(driver);
+        check_grouped_bits::<f16>(driver);
+        check_grouped_bits::<f32>(driver);
+    });
+}
+
+/// NaN and infinity stay in their row, zero rows and columns past the end do not spread what lies there.
+fn check_grouped_nan<T: Element>(driver: &dyn Driver) {
+    for activation in ACTIVATIONS {
+        let mut case = Grouped::new(&[9, 20], 24, 72);
+        case.gated = true;
+        case.activation = Some(activation);
+        let mut data = Data::<T>::new(&case);
+        let good = run_grouped(driver, &case, &data, None);
+        data.a[4 * case.inputs + 71] = T::from_f32(f32::NAN);
+        data.a[13 * case.inputs + 5] = T::from_f32(f32::INFINITY);
+        let found = run_grouped(driver, &case, &data, None);
+        let naive = naive_grouped(&case, &data);
+        for (r, (row, good)) in found.chunks_exact(24).zip(good.chunks_exact(24)).enumerate() {
+            if ![4, 13].contains(&r) {
+                assert!(bits(row) == bits(good), "{activation:?} {} row {r}", T::DTYPE);
+                continue;
+            }
+            for (x, naive) in row.iter().zip(&naive[24 * r..]) {
+                let (x, naive) = (x.to_f64(), naive.to_f64());
+                let good = match r {
+                    4 => x.is_nan(),
+                    _ if naive.is_finite() => x.is_finite(),
+                    _ => x.is_nan() == naive.is_nan() && (x.is_nan() || x == naive),
+                };
+                assert!(good, "{activation:?} {} row {r}: {x}, the textbook has {naive}", T::DTYPE);
+            }
+        }
+    }
+}
+
+#[test]
+fn grouped_nan() {
+    on_devices(true, |driver| {
+        check_grouped_nan::<bf16>(driver);
+        check_grouped_nan::<f16>(driver);
+        check_grouped_nan::<f32>(driver);
     });
 }
