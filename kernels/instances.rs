@@ -35,6 +35,8 @@ pub const DTYPES: [(&str, u32); 3] = [("bf16", 8), ("f16", 8), ("f32", 4)];
 /// Aligned instances move 16 bytes an instruction; the others take any address and any width. Same sums, same bits.
 pub const ALIGNMENTS: [(bool, &str); 2] = [(true, ""), (false, "_unaligned")];
 
+#[path = "instances/attention.rs"]
+mod attention;
 #[path = "instances/decode.rs"]
 mod decode;
 #[path = "instances/gemm.rs"]
@@ -49,6 +51,7 @@ mod route;
 /// All instances.
 pub fn instances() -> Vec<Instance> {
     let mut table = Vec::new();
+    attention::add(&mut table);
     decode::add(&mut table);
     gemm::add(&mut table);
     glue::add(&mut table);

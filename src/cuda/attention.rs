@@ -9,7 +9,7 @@ pub use merge::{Merge, MergeArgs, MergePlan, merge};
 pub use problem::{AttentionProblem, KvShape};
 
 use crate::cuda::driver::{Driver, Limits, Stream};
-use crate::cuda::memory::{DeviceView, DeviceViewMut, Queue};
+use crate::cuda::memory::{DeviceView, DeviceViewMut, Home, Queue};
 use crate::element::Element;
 use crate::error::{Error, Result, check_len};
 use crate::spec::Attention;
@@ -433,6 +433,32 @@ impl<'a, T: Element> AttentionInput<'a, T> {
         Ok((problem, args))
     }
 
+    /// Where its arrays may be used.
+    fn homes(&self) -> [Home; 15] {
+        let (k, v, lens, table) = match &self.kv {
+            Kv::Ragged { k, v, cu_seqlens_kv } => (k.home(), v.home(), cu_seqlens_kv.and_then(|x| x.home()), None),
+            Kv::Cache { k, v, kv_lens } => (k.home(), v.home(), kv_lens.home(), None),
+            Kv::Paged { k, v, block_table, kv_lens } => (k.home(), v.home(), kv_lens.home(), block_table.home()),
+        };
+        [
+            self.q.home(),
+            k,
+            v,
+            lens,
+            table,
+            self.cu_seqlens_q.and_then(|x| x.home()),
+            self.kv_begin.and_then(|x| x.home()),
+            self.q_start.and_then(|x| x.home()),
+            self.k_start.and_then(|x| x.home()),
+            self.mask.and_then(|x| x.home()),
+            self.bias.and_then(|x| x.home()),
+            self.alibi_slopes.and_then(|x| x.home()),
+            self.alibi_positions.and_then(|x| x.home()),
+            self.relative_bias.and_then(|x| x.home()),
+            self.sinks.and_then(|x| x.home()),
+        ]
+    }
+
     /// Outputs share no memory with inputs, nor with each other.
     fn check_separate(&self, output: &AttentionOutput<'_, T>) -> Result<()> {
         let overlap =
@@ -480,6 +506,8 @@ pub fn attention<T: Element>(
     output: AttentionOutput<'_, T>,
 ) -> Result<()> {
     let (problem, mut args) = input.check(spec, &output)?;
+    queue.check_homes(&input.homes())?;
+    queue.check_homes(&[output.out.home(), output.lse.as_ref().and_then(DeviceViewMut::home)])?;
     let plan = AttentionPlan::new(&problem, &queue.driver().limits())?;
     args.workspace = queue.workspace(plan.workspace_bytes())?;
     // SAFETY: the views are memory of the queue's device with the shapes and strides that the problem has, checked above, and
