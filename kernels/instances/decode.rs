@@ -18,12 +18,14 @@ struct Decode {
     stages: u32,
     /// Keys of a split.
     split: u32,
+    /// CTAs of an SM that ptxas leaves registers for: as many as the shared memory of an H100 has room for, if that spills nothing.
+    ctas: u32,
 }
 
 /// Bytes fit 99 KiB (RTX) unless there is a twin that does; a split is the same for all twins, so that it never depends on the device.
 const DECODES: [Decode; 9] = [
-    Decode::new((64, 64), (1, 4), (32, 4), 256),
-    Decode::new((128, 128), (1, 4), (32, 4), 256), // 75 KiB: three CTAs on an H100
+    Decode { ctas: 4, ..Decode::new((64, 64), (1, 4), (32, 4), 256) },
+    Decode { ctas: 3, ..Decode::new((128, 128), (1, 4), (32, 4), 256) },
     Decode::new((192, 128), (1, 4), (32, 4), 256),
     Decode::new((256, 256), (1, 4), (32, 2), 256),
     // Rows of any width and address, copied element by element.
@@ -32,12 +34,12 @@ const DECODES: [Decode; 9] = [
     Decode::new((576, 512), (1, 2), (16, 2), 512),
     Decode { aligned: false, ..Decode::new((576, 512), (1, 2), (16, 2), 512) },
     Decode { shared_kv: true, ..Decode::new((576, 512), (1, 4), (32, 2), 512) },
-    Decode { shared_kv: true, ..Decode::new((576, 512), (4, 2), (32, 2), 512) },
+    Decode { shared_kv: true, ctas: 1, ..Decode::new((576, 512), (4, 2), (32, 2), 512) },
 ];
 
 impl Decode {
     const fn new(cols: (u32, u32), warps: (u32, u32), (keys, stages): (u32, u32), split: u32) -> Self {
-        Decode { cols, shared_kv: false, aligned: true, warps, keys, stages, split }
+        Decode { cols, shared_kv: false, aligned: true, warps, keys, stages, split, ctas: 2 }
     }
 
     /// Dynamic shared memory, as the template lays it out: queries, stages, scores, addresses.
@@ -54,7 +56,7 @@ pub fn add(table: &mut Vec<Instance>) {
     use Value::{Dtype, Flag, Int};
     for dtype in ["bf16", "f16"] {
         for decode in &DECODES {
-            let Decode { cols, shared_kv, aligned, warps, keys, stages, split } = *decode;
+            let Decode { cols, shared_kv, aligned, warps, keys, stages, split, ctas } = *decode;
             let kind = match (shared_kv, aligned) {
                 (true, _) => format!("_shared_{}", 16 * warps.0),
                 (false, true) => String::new(),
@@ -76,6 +78,7 @@ pub fn add(table: &mut Vec<Instance>) {
                     ("KEYS", Int(keys)),
                     ("STAGES", Int(stages)),
                     ("SPLIT", Int(split)),
+                    ("CTAS", Int(ctas)),
                     ("SHARED_BYTES", Int(decode.shared_bytes())),
                 ],
             });

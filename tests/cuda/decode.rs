@@ -1,13 +1,17 @@
 //! Attention of few queries over many keys, and the merge of parts.
 
-use crate::common::attention_case::KvLayout;
+use crate::common::attention_case::{Alibi, DenseBias, DenseMask, KvLayout, Sinks};
+use crate::common::simulator::Simulator;
 use crate::common::tolerance::ulp;
-use crate::common::{Array, AttentionCase, AttentionOptions, Layout, Output, Rng, assert_rows, naive, seed};
+use crate::common::{
+    Array, AttentionCase, AttentionOptions, AttentionResult, Layout, Output, Rng, assert_rows, naive, pairs, seed,
+};
 use crate::{on_devices, staged};
-use gatefold::args::AttentionOutput;
-use gatefold::cuda::driver::Driver;
-use gatefold::spec::Mask;
-use gatefold::{Element, ViewMut, reference};
+use gatefold::args::{AttentionInput, AttentionOutput, Kv};
+use gatefold::cuda::driver::{Buffer, Driver, Limits};
+use gatefold::cuda::{AttentionArgs, AttentionPlan, AttentionProblem, KvShape, Stream};
+use gatefold::spec::{Attention, Mask};
+use gatefold::{Element, Result, View, ViewMut, reference};
 use half::{bf16, f16};
 
 // --- merge ------------------------------------------------------------------------------------------------------------
@@ -101,37 +105,495 @@ fn merge_bits() {
 
 // --- attention --------------------------------------------------------------------------------------------------------
 
+/// The values of a case: its own, or the first columns of its keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Values {
+    Own,
+    OfKeys,
+}
+
+/// Runs a case, with `v` as the first columns of `k` if asked for.
+fn run<T: Element, O: Element, R: Element>(
+    case: &AttentionCase<T>,
+    values: Values,
+    attention: impl FnOnce(&Attention, &AttentionInput<'_, T, f32>, AttentionOutput<'_, O, R>) -> Result<()>,
+) -> AttentionResult<O, R> {
+    case.run(|spec, input, output| {
+        let input =
+            with!(*input, kv: if values == Values::OfKeys { of_keys(input.kv, spec.value_dim) } else { input.kv });
+        attention(spec, &input, output)
+    })
+}
+
+/// The same keys, whose first columns are the values.
+fn of_keys<T>(kv: Kv<'_, T>, value_dim: usize) -> Kv<'_, T> {
+    fn narrow<T>(k: View<'_, T, 4>, value_dim: usize) -> View<'_, T, 4> {
+        let [blocks, rows, heads, _] = k.shape();
+        View::with_strides(k.data(), [blocks, rows, heads, value_dim], k.strides())
+    }
+    match kv {
+        Kv::Ragged { k, cu_seqlens_kv, .. } => {
+            let [rows, heads, _] = k.shape();
+            Kv::ragged(k, View::with_strides(k.data(), [rows, heads, value_dim], k.strides()), cu_seqlens_kv)
+        }
+        Kv::Cache { k, kv_lens, .. } => Kv::cache(k, narrow(k, value_dim), kv_lens),
+        Kv::Paged { k, block_table, kv_lens, .. } => Kv::paged(k, narrow(k, value_dim), block_table, kv_lens),
+        _ => unreachable!("three layouts"),
+    }
+}
+
 /// `cuda::attention` against the reference; gives the share of the tolerance that is used.
-fn check<T: Element>(driver: &dyn Driver, case: &AttentionCase<T>) -> f64 {
-    let truth = case.run(reference::attention);
-    let got = case.run(|spec, input, output| staged::attention(driver, spec, input, output));
+fn check_values<T: Element>(driver: &dyn Driver, case: &AttentionCase<T>, values: Values) -> f64 {
+    let truth = run(case, values, reference::attention);
+    let got = run(case, values, |spec, input, output| staged::attention(driver, spec, input, output));
     // 16-bit types: the weights are rounded for the product with the values.
-    let naive = naive::attention_unlucky(&case.spec, &case.input(), naive::Store::Storage, (&truth.out, &truth.lse));
-    let context = |what| format!("{what} of {} {:?}", T::DTYPE, case.options);
+    let mut naive = None;
+    run::<T, T, f32>(case, values, |spec, input, _| {
+        let of_truth = (&truth.out[..], &truth.lse[..]);
+        naive = Some(naive::attention_unlucky::<T, T>(spec, input, naive::Store::Storage, of_truth));
+        Ok(())
+    });
+    let naive = naive.expect("it ran");
+    let context = |what| format!("{what} of {} {:?}, values {values:?}", T::DTYPE, case.options);
     let out = assert_rows(&context("out"), &got.out, &truth.out, &naive.out, case.spec.value_dim);
     out.max(assert_rows(&context("lse"), &got.lse, &truth.lse, &naive.lse, 1))
 }
 
-#[allow(dead_code)]
+fn check<T: Element>(driver: &dyn Driver, case: &AttentionCase<T>) -> f64 {
+    check_values(driver, case, Values::Own)
+}
+
 fn check_all(driver: &dyn Driver, options: &AttentionOptions, seed: u64) {
     check(driver, &AttentionCase::<f32>::new(options, seed));
     check(driver, &AttentionCase::<bf16>::new(options, seed));
     check(driver, &AttentionCase::<f16>::new(options, seed));
 }
 
+/// Lengths around the tile (32 keys) and the split (256 keys), widths around the buckets, aligned and not.
 #[test]
-fn first_light() {
+fn shapes() {
     on_devices(false, |driver| {
-        for (heads, dim, lens) in [((1, 1), 64, (1, 1)), ((4, 2), 64, (1, 70)), ((8, 1), 128, (2, 300))] {
-            let mut options = AttentionOptions::new(heads, dim, &[lens]);
-            for mask in [Mask::default(), Mask::causal()] {
-                options.mask = mask;
-                check(driver, &AttentionCase::<bf16>::new(&options, 1));
-                check(driver, &AttentionCase::<f16>::new(&options, 1));
-                check(driver, &AttentionCase::<f32>::new(&options, 1));
-                options.kv = KvLayout::Paged(16);
-                check(driver, &AttentionCase::<bf16>::new(&options, 1));
+        let mut rng = Rng::new(seed());
+        let lens = [0, 1, 2, 31, 32, 33, 64, 65, 255, 256, 257, 300, 513, 800];
+        for (i, kv_len) in lens.into_iter().enumerate() {
+            for (q_len, heads) in [(1, (4, 1)), (1, (2, 2)), (3, (6, 2)), (2, (20, 1))] {
+                let mut options = AttentionOptions::new(heads, 0, &[(q_len, kv_len)]);
+                options.dims = *rng.pick(&[(64, 64), (8, 16), (40, 24), (80, 80), (128, 128), (33, 20), (1, 1)]);
+                options.kv =
+                    [KvLayout::Ragged, KvLayout::Paged(16), KvLayout::Cache, KvLayout::Paged(7)][(i + q_len) % 4];
+                options.layout = *rng.pick(&[Layout::Contiguous, Layout::Contiguous, Layout::Padded, Layout::Permuted]);
+                options.mask.causal = rng.chance(0.5);
+                match rng.below(4) {
+                    0 => check(driver, &AttentionCase::<f32>::new(&options, rng.next())),
+                    1 => check(driver, &AttentionCase::<f16>::new(&options, rng.next())),
+                    _ => check(driver, &AttentionCase::<bf16>::new(&options, rng.next())),
+                };
             }
+        }
+        check_all(driver, &AttentionOptions::new((2, 1), 16, &[]), 1);
+        check_all(driver, &AttentionOptions::new((2, 1), 16, &[(0, 7), (0, 0)]), 1);
+    });
+}
+
+/// Every bucket of widths, and multiples of 8 within them; values of another width than keys.
+#[test]
+fn widths() {
+    on_devices(false, |driver| {
+        for dims in
+            [(72, 72), (88, 88), (96, 64), (120, 128), (192, 128), (136, 104), (256, 256), (200, 248), (64, 256)]
+        {
+            let mut options = AttentionOptions::new((4, 2), 0, &[(2, 70), (1, 290)]);
+            options.dims = dims;
+            options.mask = Mask::causal();
+            check_all(driver, &options, 3);
+        }
+    });
+}
+
+/// Absorbed MLA: one key/value head of width 576 whose first 512 columns are the values; few heads, many heads, values apart.
+#[test]
+fn mla_absorbed() {
+    on_devices(false, |driver| {
+        for (heads, lens) in [(16, [(1, 40), (1, 530)]), (40, [(1, 33), (1, 1)]), (3, [(2, 70), (3, 515)])] {
+            let mut options = AttentionOptions::new((heads, 1), 0, &lens);
+            options.dims = (576, 512);
+            options.mask = Mask::causal();
+            options.kv = KvLayout::Paged(64);
+            options.scale = Some(1.0 / 192f64.sqrt());
+            let case = AttentionCase::<bf16>::new(&options, 4);
+            check_values(driver, &case, Values::OfKeys);
+            check_values(driver, &AttentionCase::<f16>::new(&options, 4), Values::OfKeys);
+            if heads == 3 {
+                check(driver, &case);
+                options.layout = Layout::Padded;
+                check(driver, &AttentionCase::<f16>::new(&options, 5));
+                check(driver, &AttentionCase::<f32>::new(&options, 5));
+                options.dims = (264, 40);
+                check(driver, &AttentionCase::<bf16>::new(&options, 5));
+            }
+        }
+    });
+}
+
+/// Every pair of values of two options.
+#[test]
+fn pairs_of_options() {
+    let seed = seed();
+    let sizes = [3, 2, 4, 3, 3, 3, 3, 3, 3, 3, 4, 2, 2, 3, 4, 4];
+    let table = pairs::pairwise(&sizes, seed, |_| true);
+    on_devices(false, |driver| {
+        for (i, row) in table.rows.iter().enumerate() {
+            let lens = [
+                vec![(5, 66), (0, 3), (1, 90), (7, 4)],
+                vec![(1, 130)],
+                vec![(4, 40), (1, 1), (3, 270)],
+                vec![(1, 30), (1, 300), (2, 64), (0, 0)],
+            ];
+            let heads = [(2, 2), (4, 2), (6, 1), (8, 1)][row[14]];
+            let mut options = AttentionOptions::new(heads, 0, &lens[row[15]]);
+            options.dims = [(16, 16), (8, 40), (64, 32)][row[13]];
+            options.scale = [None, Some(0.7), Some(0.02)][row[0]];
+            options.mask.causal = row[1] == 1;
+            options.mask.window_left = [None, Some(0), Some(5), Some(70)][row[2]];
+            options.mask.window_right = [None, Some(0), Some(33)][row[3]];
+            options.mask.chunk = [None, Some(7), Some(64)][row[4]];
+            options.softcap = [None, Some(2.0), Some(30.0)][row[5]];
+            options.bias = [DenseBias::None, DenseBias::PerHead, DenseBias::PerKey][row[6]];
+            options.dense_mask = [DenseMask::None, DenseMask::Full, DenseMask::PerKey][row[7]];
+            options.alibi = [Alibi::None, Alibi::Distance, Alibi::Positions][row[8]];
+            options.relative_bias = [None, Some(false), Some(true)][row[9]];
+            options.kv = [KvLayout::Ragged, KvLayout::Cache, KvLayout::Paged(16), KvLayout::Paged(1)][row[10]];
+            options.left_padding = row[11] == 1;
+            options.starts = row[12] == 1;
+            options.sinks = [Sinks::None, Sinks::Finite, Sinks::WithMinusInf][i % 3];
+            options.layout = Layout::ALL[i / 3 % 3];
+            check_all(driver, &options, seed + i as u64);
+        }
+    });
+    println!("pairs of options: {} / {} in {} cases", table.covered, table.total, table.rows.len());
+    assert_eq!(table.covered, table.total);
+}
+
+/// The bits of a query's result.
+fn bits<T: Element>(result: &AttentionResult<T, f32>, tokens: std::ops::Range<usize>, heads: usize) -> Vec<u8> {
+    let width = result.out.len() / result.lse.len() * heads;
+    let out: &[u8] = bytemuck::cast_slice(&result.out[tokens.start * width..tokens.end * width]);
+    let lse: &[u8] = bytemuck::cast_slice(&result.lse[tokens.start * heads..tokens.end * heads]);
+    [out, lse].concat()
+}
+
+/// The case with the rows of the first `lens.len()` sequences of another one, as far as `lens` go, from the last query back.
+fn same_rows<T: Element>(from: &AttentionCase<T>, options: &AttentionOptions, seqs: &[usize]) -> AttentionCase<T> {
+    let mut case = AttentionCase::<T>::new(options, 77);
+    let ((heads, kv_heads), (dim, value_dim)) = (options.heads, options.dims);
+    for (seq, of) in seqs.iter().copied().enumerate() {
+        let ((q_len, kv_len), (of_q_len, of_kv_len)) = (options.lens[seq], from.options.lens[of]);
+        for i in 0..q_len {
+            // The query at the same position.
+            let of_i = of_q_len + kv_len + i - of_kv_len - q_len;
+            let (to_token, of_token) = (case.cu_seqlens_q[seq] as usize + i, from.cu_seqlens_q[of] as usize + of_i);
+            for h in 0..heads {
+                (0..dim).for_each(|d| case.q.set([to_token, h, d], from.q.at([of_token, h, d])));
+            }
+        }
+        for j in 0..kv_len {
+            let ([block, row], [of_block, of_row]) = (case.place(seq, j), from.place(of, j));
+            for g in 0..kv_heads {
+                (0..dim).for_each(|d| case.k.set([block, row, g, d], from.k.at([of_block, of_row, g, d])));
+                (0..value_dim).for_each(|d| case.v.set([block, row, g, d], from.v.at([of_block, of_row, g, d])));
+            }
+        }
+    }
+    case.sinks = from.sinks.clone();
+    case
+}
+
+/// The same bits twice, alone and in a batch, in one call and token by token, wherever keys lie, whatever the alignment.
+fn check_bits<T: Element>(driver: &dyn Driver) {
+    let attend = |case: &AttentionCase<T>| -> AttentionResult<T, f32> {
+        case.run(|spec, input, output| staged::attention(driver, spec, input, output))
+    };
+    for (heads, dims, window, sinks) in
+        [((4, 1), (64, 64), None, Sinks::None), ((6, 2), (40, 24), Some(100), Sinks::Finite)]
+    {
+        let mut options = AttentionOptions::new(heads, 0, &[(5, 540), (2, 3), (1, 290)]);
+        (options.dims, options.mask, options.sinks) = (dims, Mask::causal(), sinks);
+        options.mask.window_left = window;
+        let whole = AttentionCase::<T>::new(&options, 6);
+        let expected = attend(&whole);
+        let all = |result: &AttentionResult<T, f32>| bits(result, 0..8, heads.0);
+        assert!(all(&attend(&whole)) == all(&expected), "twice");
+        for kv in [KvLayout::Cache, KvLayout::Paged(1), KvLayout::Paged(7), KvLayout::Paged(16), KvLayout::Paged(64)] {
+            for layout in [Layout::Contiguous, Layout::Padded] {
+                let other = same_rows(&whole, &AttentionOptions { kv, layout, ..options.clone() }, &[0, 1, 2]);
+                assert!(all(&attend(&other)) == all(&expected), "{} {kv:?} {layout:?}", T::DTYPE);
+            }
+        }
+        // Query `i` of the first sequence alone: it sees fewer keys, and the other sequences are gone or others.
+        for i in 0..5 {
+            let mine = bits(&expected, i..i + 1, heads.0);
+            let alone = AttentionOptions { lens: vec![(1, 536 + i)], ..options.clone() };
+            let alone = attend(&same_rows(&whole, &alone, &[0]));
+            assert!(bits(&alone, 0..1, heads.0) == mine, "{} query {i} alone", T::DTYPE);
+            let lens = vec![(1, 290), (1, 536 + i), (1, 900)];
+            let batch = AttentionOptions { lens, kv: KvLayout::Paged(16), ..options.clone() };
+            let batch = attend(&same_rows(&whole, &batch, &[2, 0]));
+            assert!(bits(&batch, 1..2, heads.0) == mine, "{} query {i} in a batch", T::DTYPE);
+            assert!(bits(&batch, 0..1, heads.0) == bits(&expected, 7..8, heads.0), "{} another one", T::DTYPE);
+        }
+    }
+}
+
+#[test]
+fn attention_bits() {
+    on_devices(true, |driver| {
+        check_bits::<bf16>(driver);
+        check_bits::<f16>(driver);
+        check_bits::<f32>(driver);
+    });
+}
+
+/// MLA's bits: in pages, alone and in a batch.
+#[test]
+fn mla_bits() {
+    on_devices(true, |driver| {
+        let attend = |case: &AttentionCase<bf16>| -> AttentionResult<bf16, f32> {
+            run(case, Values::OfKeys, |spec, input, output| staged::attention(driver, spec, input, output))
+        };
+        for heads in [16, 48] {
+            let mut options = AttentionOptions::new((heads, 1), 0, &[(1, 600), (1, 3)]);
+            (options.dims, options.mask) = ((576, 512), Mask::causal());
+            let whole = AttentionCase::<bf16>::new(&options, 6);
+            let expected = attend(&whole);
+            let paged = AttentionOptions { kv: KvLayout::Paged(7), ..options.clone() };
+            let paged = attend(&same_rows(&whole, &paged, &[0, 1]));
+            assert!(bits(&paged, 0..2, heads) == bits(&expected, 0..2, heads), "pages, {heads} heads");
+            let alone = AttentionOptions { lens: vec![(1, 600)], ..options.clone() };
+            let alone = attend(&same_rows(&whole, &alone, &[0]));
+            assert!(bits(&alone, 0..1, heads) == bits(&expected, 0..1, heads), "alone, {heads} heads");
+        }
+    });
+}
+
+/// Infinite and NaN scores and sinks follow the limit of the formula, as the reference does; in one split and over several.
+fn check_infinite<T: Element>(driver: &dyn Driver) {
+    let inf = f32::INFINITY;
+    // Scores of the keys by way of the bias, then the sink.
+    let cases: [(&[f32], f32); 11] = [
+        (&[0.0, inf, 1.0], -inf),
+        (&[inf, 0.0, inf], 3.0),
+        (&[0.0, 1.0, 2.0], inf),
+        (&[inf, 1.0, 2.0], inf),
+        (&[-inf, -inf, -inf], -inf),
+        (&[-inf, -inf, -inf], 1.5),
+        (&[0.0, -inf, 3e38], -inf),
+        (&[-3e38, -inf, -inf], -inf),
+        (&[0.0, f32::NAN, 1.0], 0.0),
+        (&[f32::NAN, -inf, -inf], -inf),
+        (&[1.0, 2.0, 3.0], -inf),
+    ];
+    let mut spec = Attention::new(1, 1, 8);
+    spec.sinks = true;
+    let number = |x: &f32| T::from_f32(*x);
+    let q: Vec<T> = [0.5f32, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0].iter().map(number).collect();
+    for (bias, sink) in cases {
+        // Next to one another; or each of them the last of 150 keys, so that they stand in splits of their own.
+        for apart in [1, 150] {
+            let rows = bias.len() * apart;
+            let mut keys = vec![T::from_f32(0.25); rows * 8];
+            let mut values = vec![T::from_f32(1.0); rows * 8];
+            let mut all = vec![-inf; rows];
+            for (i, score) in bias.iter().enumerate() {
+                let j = (i + 1) * apart - 1;
+                all[j] = *score;
+                keys[j * 8] = T::from_f32(i as f32 + 1.0);
+                (0..8).for_each(|d| values[j * 8 + d] = T::from_f32((1 << i) as f32 * (d as f32 - 3.0)));
+            }
+            let kv = Kv::ragged(View::new(&keys, [rows, 1, 8]), View::new(&values, [rows, 1, 8]), None);
+            let mut input = AttentionInput::new(View::new(&q, [1, 1, 8]), kv);
+            input.bias = Some(View::new(&all, [1, 1, 1, rows]));
+            let sinks = [sink];
+            input.sinks = Some(&sinks);
+            let (mut truth, mut truth_lse) = ([0.0; 8], [0.0]);
+            let output =
+                AttentionOutput::with_lse(ViewMut::new(&mut truth, [1, 1, 8]), ViewMut::new(&mut truth_lse, [1, 1]));
+            reference::attention(&spec, &input, output).unwrap();
+            let (mut out, mut lse) = ([T::from_f32(7.0); 8], [7.0f32]);
+            let output = AttentionOutput::with_lse(ViewMut::new(&mut out, [1, 1, 8]), ViewMut::new(&mut lse, [1, 1]));
+            staged::attention(driver, &spec, &input, output).unwrap();
+            let rounding = ulp(T::DTYPE, 1.0) * 2.0 + 1e-5;
+            let near =
+                |x: f64, y: f64| (x.is_nan() && y.is_nan()) || x == y || (x - y).abs() < rounding * y.abs().max(0.1);
+            let good =
+                out.iter().zip(&truth).all(|(x, y)| near(x.to_f64(), *y)) && near(f64::from(lse[0]), truth_lse[0]);
+            assert!(
+                good,
+                "{} {bias:?}, {sink}, {apart} apart: {out:?} {lse:?}, expected {truth:?} {truth_lse:?}",
+                T::DTYPE
+            );
+        }
+    }
+}
+
+#[test]
+fn infinite_and_nan() {
+    on_devices(false, |driver| {
+        check_infinite::<f32>(driver);
+        check_infinite::<bf16>(driver);
+    });
+}
+
+/// flash-attention#978: rows that see nothing give `out = 0` and `lse = -inf` (or the sink), exactly, also next to rows that do; flash-attention#2199:
+/// windows that leave a row empty.
+#[test]
+fn rows_without_keys_978() {
+    on_devices(true, |driver| {
+        let mut options = AttentionOptions::new((2, 1), 64, &[(4, 2), (2, 0), (3, 290)]);
+        options.mask = Mask::causal();
+        options.left_padding = true;
+        let mut run = |sinks| {
+            options.sinks = sinks;
+            let case = AttentionCase::<bf16>::new(&options, 8);
+            check(driver, &case);
+            (case.run(|spec, input, output| staged::attention::<bf16>(driver, spec, input, output)), case.sinks)
+        };
+        let (got, _) = run(Sinks::None);
+        for row in [0, 1, 2, 3, 8, 9, 10, 11] {
+            assert!(got.out[row * 64..(row + 1) * 64].iter().all(|x| x.to_bits() == 0), "row {row}");
+            assert_eq!(got.lse[row], f32::NEG_INFINITY, "row {row}");
+        }
+        let (got, sinks) = run(Sinks::Finite);
+        for row in [0, 1, 2, 3, 8, 9, 10, 11] {
+            assert_eq!(got.lse[row], sinks.as_ref().unwrap()[row % 2], "row {row}");
+        }
+        options.lens = vec![(3, 600)];
+        options.sinks = Sinks::None;
+        options.starts = true;
+        options.mask = with!(Mask::default(), window_left: Some(0), window_right: Some(0));
+        check(driver, &AttentionCase::<bf16>::new(&options, 8));
+    });
+}
+
+/// flash-attention#1745, #2374: a NaN beyond the length, before the padding or in another sequence stays there. (The cases
+/// of all tests here have NaN in every key that no query sees.)
+#[test]
+fn nan_of_another_sequence_1745() {
+    on_devices(true, |driver| {
+        let mut options = AttentionOptions::new((2, 1), 64, &[(1, 40), (2, 300), (1, 20)]);
+        options.mask = Mask::causal();
+        options.kv = KvLayout::Paged(16);
+        let mut case = AttentionCase::<f16>::new(&options, 9);
+        let attend = |case: &AttentionCase<f16>| -> AttentionResult<f16, f32> {
+            case.run(|spec, input, output| staged::attention(driver, spec, input, output))
+        };
+        let clean = attend(&case);
+        for j in [0, 31, 270] {
+            let [block, row] = case.place(1, j);
+            case.k.set([block, row, 0, 3], f16::NAN);
+            case.v.set([block, row, 0, 5], f16::INFINITY);
+        }
+        let found = attend(&case);
+        for token in [0, 3] {
+            assert!(bits(&found, token..token + 1, 2) == bits(&clean, token..token + 1, 2), "token {token}");
+        }
+        assert!(found.lse[2].is_nan() && found.out[128].is_nan());
+    });
+}
+
+/// Lengths, prefix sums and pages that are wrong lead nowhere: the kernels stay inside of the arrays, and other sequences are right.
+#[test]
+fn wrong_lengths_are_cut_off() {
+    on_devices(true, |driver| {
+        let mut options = AttentionOptions::new((2, 1), 64, &[(1, 40), (1, 300), (1, 20)]);
+        options.mask = Mask::causal();
+        options.kv = KvLayout::Paged(16);
+        let case = AttentionCase::<f16>::new(&options, 9);
+        let clean: AttentionResult<f16, f32> =
+            case.run(|spec, input, output| staged::attention(driver, spec, input, output));
+        // As `case`, but what the device reads is wrong for the second sequence.
+        let spec = &case.spec;
+        let mut problem = AttentionProblem::new(
+            spec.clone(),
+            f16::DTYPE,
+            3,
+            3,
+            KvShape::paged(case.k.shape()[0], 16, case.block_table.shape()[1]),
+        );
+        problem.max_q_len = 1;
+        let plan = AttentionPlan::new(&problem, &driver.limits()).unwrap();
+        let upload = |data: &[u8]| Buffer::from_slice(driver, data).unwrap();
+        let (q, k, v) = (case.q.values(), case.k.values(), case.v.values());
+        let (q, k, v) =
+            (upload(bytemuck::cast_slice(&q)), upload(bytemuck::cast_slice(&k)), upload(bytemuck::cast_slice(&v)));
+        let cu = upload(bytemuck::cast_slice(&case.cu_seqlens_q));
+        let mut table = case.block_table.values();
+        let width = case.block_table.shape()[1];
+        table[width..2 * width].fill(u32::MAX - 3);
+        let (table, lens) =
+            (upload(bytemuck::cast_slice(&table)), upload(bytemuck::cast_slice(&[40u32, u32::MAX, 20])));
+        let out = Buffer::new(driver, 3 * 2 * 64 * 2).unwrap();
+        let workspace = Buffer::new(driver, plan.workspace_bytes()).unwrap();
+        let mut args = AttentionArgs::new(q.ptr(), k.ptr(), v.ptr(), out.ptr());
+        args.cu_seqlens_q = Some(cu.ptr());
+        args.kv_lens = Some(lens.ptr());
+        args.block_table = Some(table.ptr());
+        args.workspace = workspace.ptr();
+        // SAFETY: all buffers have the sizes of the problem and outlive the read below, which waits.
+        unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
+        let found = out.to_vec::<f16>(Stream::LEGACY).unwrap();
+        for token in [0, 2] {
+            let row = token * 128..(token + 1) * 128;
+            let (found, clean): (&[u8], &[u8]) =
+                (bytemuck::cast_slice(&found[row.clone()]), bytemuck::cast_slice(&clean.out[row]));
+            assert!(found == clean, "token {token}");
+        }
+    });
+}
+
+/// flash-attention#1500, #1311, sglang#20389: keys, values and queries more than 2^31 elements apart. Needs 13 GB on the device.
+#[test]
+fn far_offsets_1500() {
+    on_devices(true, |driver| {
+        let options = with!(AttentionOptions::new((2, 1), 64, &[(1, 40), (1, 33)]), kv: KvLayout::Cache);
+        let case = AttentionCase::<bf16>::new(&options, 10);
+        let near: AttentionResult<bf16, f32> =
+            case.run(|spec, input, output| staged::attention(driver, spec, input, output));
+        let far = (1_usize << 31) + 64;
+        let mut problem = AttentionProblem::new(case.spec.clone(), bf16::DTYPE, 2, 2, KvShape::cache(43));
+        problem.max_q_len = 1;
+        (problem.k_strides[0], problem.v_strides[0], problem.q_strides[0]) = (far, far, far);
+        problem.out_strides[0] = far;
+        let plan = AttentionPlan::new(&problem, &driver.limits()).unwrap();
+        // Two blocks of `width` elements each, `far` apart.
+        let spread = |data: &[bf16], width: usize| {
+            let buffer = Buffer::new(driver, (far + width) * 2).unwrap();
+            for (i, block) in data.chunks_exact(width).enumerate() {
+                // SAFETY: the buffer has room for both blocks, and nothing runs.
+                unsafe {
+                    driver.copy_to_device(buffer.ptr() + (i * far * 2) as u64, bytemuck::cast_slice(block)).unwrap()
+                };
+            }
+            buffer
+        };
+        let (q, k) = (spread(&case.q.values(), 128), spread(&case.k.values(), 43 * 64));
+        let (v, out) = (spread(&case.v.values(), 43 * 64), spread(&[], 128));
+        let cu = Buffer::from_slice(driver, &case.cu_seqlens_q).unwrap();
+        let lens = Buffer::from_slice(driver, &case.kv_lens).unwrap();
+        let workspace = Buffer::new(driver, plan.workspace_bytes()).unwrap();
+        let mut args = AttentionArgs::new(q.ptr(), k.ptr(), v.ptr(), out.ptr());
+        (args.cu_seqlens_q, args.kv_lens) = (Some(cu.ptr()), Some(lens.ptr()));
+        args.workspace = workspace.ptr();
+        // SAFETY: all buffers have the shapes and strides of the problem; the copies below wait.
+        unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
+        driver.synchronize(Stream::LEGACY).unwrap();
+        for token in 0..2 {
+            let mut found = vec![bf16::ZERO; 128];
+            // SAFETY: `out` holds two rows, and nothing runs.
+            unsafe {
+                let at = out.ptr() + (token * far * 2) as u64;
+                driver.copy_to_host(bytemuck::cast_slice_mut(&mut found), at).unwrap();
+            }
+            assert!(found == near.out[token * 128..(token + 1) * 128], "token {token}");
         }
     });
 }
