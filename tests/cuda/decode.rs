@@ -8,7 +8,7 @@ use crate::common::{
 };
 use crate::{on_devices, staged};
 use gatefold::args::{AttentionInput, AttentionOutput, Kv};
-use gatefold::cuda::driver::{Buffer, Driver, Limits};
+use gatefold::cuda::driver::{Buffer, Driver};
 use gatefold::cuda::{AttentionArgs, AttentionPlan, AttentionProblem, KvShape, Stream};
 use gatefold::spec::{Attention, Mask};
 use gatefold::{Element, Result, View, ViewMut, reference};
@@ -596,4 +596,46 @@ fn far_offsets_1500() {
             assert!(found == near.out[token * 128..(token + 1) * 128], "token {token}");
         }
     });
+}
+
+/// What speed depends on, in counts: no bank conflict, whole sectors, keys and values read once. 1024 keys of one key/value head.
+#[test]
+fn decode_counters() {
+    let counters = |heads: usize, dims: (usize, usize), values: Values, kv: KvLayout| {
+        let simulator = Simulator::new(false);
+        let mut options = AttentionOptions::new((heads, 1), 0, &[(1, 1024)]);
+        (options.dims, options.kv) = (dims, kv);
+        let case = AttentionCase::<bf16>::new(&options, 1);
+        let _: AttentionResult<bf16, f32> =
+            run(&case, values, |spec, input, output| staged::attention(&simulator, spec, input, output));
+        let counters = simulator.take_counters();
+        assert_eq!(counters.len(), 2, "one kernel for the parts, one for the merge");
+        for (entry, counters) in &counters {
+            assert_eq!(counters.conflict_degree(), 1.0, "{entry}");
+        }
+        counters[0]
+    };
+    // Warp instructions, wavefronts of shared memory, sectors of global memory, all in the kernel of the parts.
+    for (heads, dims, values, entry, recorded) in [
+        (8, (64, 64), Values::Own, "gatefold_attention_decode_bf16_64_64", [39828, 8256, 8648]),
+        (8, (128, 128), Values::Own, "gatefold_attention_decode_bf16_128_128", [44052, 12672, 17224]),
+        (8, (192, 128), Values::Own, "gatefold_attention_decode_bf16_192_128", [45476, 15040, 21448]),
+        (8, (256, 256), Values::Own, "gatefold_attention_decode_bf16_256_256", [52340, 21504, 34376]),
+        (16, (576, 512), Values::OfKeys, "gatefold_attention_decode_bf16_576_512_shared_16", [63962, 48544, 40104]),
+        (64, (576, 512), Values::OfKeys, "gatefold_attention_decode_bf16_576_512_shared_64", [181314, 160512, 49760]),
+    ] {
+        let (name, c) = counters(heads, dims, values, KvLayout::Ragged);
+        assert_eq!(name, entry);
+        assert_eq!([c.instructions, c.shared_wavefronts, c.global_sectors], recorded, "{entry}");
+        // Keys and values once, and little else: queries, parts, and what tells where all that lies.
+        let kv_sectors = 1024 * (dims.0 + if values == Values::Own { dims.1 } else { 0 }) / 16;
+        let (splits, rows) = (if dims.0 > 256 { 2 } else { 4 }, heads.next_multiple_of(16));
+        let others = splits * (heads * (dims.0 / 16 + dims.1 / 8) + 2 * rows + 8);
+        let sectors = c.global_sectors as usize;
+        assert!((kv_sectors..=kv_sectors + others).contains(&sectors), "{entry}: {sectors} of {kv_sectors} + {others}");
+        // 16 rows an MMA, of which `heads` are there.
+        assert_eq!(c.mma_flops as usize, 1024 * 2 * rows * (dims.0 + dims.1), "{entry}");
+        let (_, paged) = counters(heads, dims, values, KvLayout::Paged(16));
+        assert!(paged.global_sectors <= c.global_sectors + 16 * splits as u64, "{entry}: a block table is read once");
+    }
 }

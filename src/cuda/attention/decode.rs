@@ -272,3 +272,101 @@ impl<const N: usize, const M: usize> ParamBlock<N, M> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::attention::AttentionProblem;
+    use crate::spec::{Attention, Mla};
+
+    /// Largest shared memory of a block, in KiB: RTX, A100, H100.
+    const SHARED: [u32; 3] = [99, 163, 227];
+
+    fn plan_of(problem: &AttentionProblem, shared_kib: u32) -> Result<DecodePlan> {
+        DecodePlan::new(Geometry::new(problem)?, &Limits::new(90, 132, shared_kib << 10))
+    }
+
+    /// Decode of 4 sequences with a cache of 1000 rows.
+    fn problem(dtype: Dtype, heads: (usize, usize), dims: (usize, usize)) -> AttentionProblem {
+        let mut spec = Attention::causal(heads.0, heads.1, dims.0);
+        spec.value_dim = dims.1;
+        let mut problem = AttentionProblem::new(spec, dtype, 4, 4, KvShape::cache(1000));
+        problem.max_q_len = 1;
+        problem
+    }
+
+    #[test]
+    fn kernels() {
+        for shared in SHARED {
+            let kernel = |problem: &AttentionProblem| plan_of(problem, shared).unwrap().kernels()[0];
+            for (dims, name) in [
+                ((64, 64), "gatefold_attention_decode_bf16_64_64"),
+                ((80, 80), "gatefold_attention_decode_bf16_128_128"),
+                ((128, 128), "gatefold_attention_decode_bf16_128_128"),
+                ((192, 128), "gatefold_attention_decode_bf16_192_128"),
+                ((256, 256), "gatefold_attention_decode_bf16_256_256"),
+                ((64, 256), "gatefold_attention_decode_bf16_256_256"),
+                ((33, 33), "gatefold_attention_decode_bf16_256_256_unaligned"),
+                ((576, 512), "gatefold_attention_decode_bf16_576_512"),
+                ((575, 512), "gatefold_attention_decode_bf16_576_512_unaligned"),
+            ] {
+                assert_eq!(kernel(&problem(Dtype::BF16, (8, 2), dims)), name, "{dims:?}, {shared} KiB");
+            }
+            assert_eq!(kernel(&problem(Dtype::F32, (8, 2), (576, 512))), "gatefold_attention_decode_f32_f32");
+        }
+    }
+
+    /// Values that are columns of the keys: one tile for both, more rows in a block where there is room.
+    #[test]
+    fn shared_rows() {
+        let kernel = |heads: usize, shared| {
+            let mla = Mla::new(heads, 512, 128, 64, 128);
+            let spec = mla.absorbed(&mla.expanded());
+            let mut problem = AttentionProblem::new(spec, Dtype::F16, 4, 4, KvShape::paged(100, 64, 20));
+            problem.max_q_len = 1;
+            problem.v_strides = problem.k_strides;
+            plan_of(&problem, shared).unwrap().kernels()[0]
+        };
+        for shared in SHARED {
+            assert_eq!(kernel(16, shared), "gatefold_attention_decode_f16_576_512_shared_16", "{shared} KiB");
+        }
+        assert_eq!(kernel(128, 99), "gatefold_attention_decode_f16_576_512_shared_16");
+        assert_eq!(kernel(128, 163), "gatefold_attention_decode_f16_576_512_shared_64");
+        assert_eq!(kernel(128, 227), "gatefold_attention_decode_f16_576_512_shared_64");
+    }
+
+    /// The workspace has a row per split, token and head; the grid a block per sequence, key/value head and 16 rows.
+    #[test]
+    fn sizes() {
+        let plan = plan_of(&problem(Dtype::BF16, (8, 2), (128, 128)), 99).unwrap();
+        assert_eq!(plan.num_splits, 4);
+        assert_eq!(plan.workspace_bytes(), 4 * 4 * 8 * (128 + 2) * 4);
+        assert_eq!(plan.blocks(&plan.unaligned), 8);
+        let mut appended = problem(Dtype::BF16, (8, 2), (128, 128));
+        appended.max_q_len = 16;
+        appended.num_tokens = 64;
+        let plan = plan_of(&appended, 99).unwrap();
+        assert_eq!(plan.blocks(&plan.unaligned), 8 * 4);
+        let nothing = AttentionProblem { max_kv_len: 0, ..problem(Dtype::BF16, (8, 2), (128, 128)) };
+        assert_eq!(plan_of(&nothing, 99).unwrap().workspace_bytes(), 0);
+    }
+
+    #[test]
+    fn bad_sizes() {
+        let message = |problem: &AttentionProblem, shared| plan_of(problem, shared).unwrap_err().to_string();
+        assert_eq!(
+            message(&problem(Dtype::BF16, (8, 2), (584, 512)), 227),
+            "unsupported by cuda: a decode of keys of width 584 and values of width 512 in bf16 with 232448 bytes of \
+             shared memory"
+        );
+        assert_eq!(
+            message(&problem(Dtype::F32, (8, 2), (64, 520)), 99),
+            "unsupported by cuda: a decode of keys of width 64 and values of width 520 in f32 with 101376 bytes of \
+             shared memory"
+        );
+        let mut long = problem(Dtype::BF16, (8, 2), (64, 64));
+        long.kv = KvShape::cache(20_000_000);
+        long.max_kv_len = 20_000_000;
+        assert_eq!(message(&long, 99), "`max_kv_len` is 20000000, expected at most 16776960");
+    }
+}
