@@ -639,3 +639,132 @@ impl Choice<'_> {
         Ok((stages, ctas(stages)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const H200: Limits = Limits::new(90, 132, 227 << 10);
+    const A100: Limits = Limits::new(80, 108, 163 << 10);
+    const RTX: Limits = Limits::new(89, 128, 99 << 10);
+
+    fn good() -> GroupedGemm {
+        GroupedGemm::linear(Dtype::BF16, 3, 8, 16)
+    }
+
+    #[test]
+    fn kernels_by_size() {
+        let kernels = |problem: &GroupedGemm| -> Vec<&str> {
+            let plan = GroupedGemmPlan::new(problem, &H200).unwrap();
+            plan.kernels().map(|name| name.trim_start_matches("gatefold_grouped_gemm_")).collect()
+        };
+        assert_eq!(kernels(&GroupedGemm::linear(Dtype::BF16, 16, 4096, 4096)), ["bf16_m16"]);
+        assert_eq!(kernels(&GroupedGemm::linear(Dtype::F16, 4096, 4096, 4096)), ["f16_m128"]);
+        assert_eq!(kernels(&GroupedGemm::linear(Dtype::F16, 128, 4096, 4096)), ["f16_m32"], "few tiles: smaller ones");
+        assert_eq!(kernels(&GroupedGemm { tile_rows: Some(64), ..good() }), ["bf16_m64"]);
+        assert_eq!(kernels(&GroupedGemm { out_dtype: Dtype::F32, ..good() }), ["bf16_f32_m16"]);
+        assert_eq!(kernels(&GroupedGemm::linear(Dtype::F32, 0, 8, 16)), [""; 0]);
+        let experts = |rows| GroupedGemm {
+            gated: true,
+            activation: Some(Activation::Silu),
+            ..GroupedGemm::experts(Dtype::BF16, 128, rows, 768, 2048)
+        };
+        assert_eq!(kernels(&experts(8)), ["bf16_m16_gated"]);
+        assert_eq!(kernels(&experts(17)), ["bf16_m16_gated", "bf16_m32_gated"]);
+        let all = ["bf16_m16_gated", "bf16_m32_gated", "bf16_m64_gated", "bf16_m128_gated"];
+        assert_eq!(kernels(&experts(4096 * 8)), all);
+    }
+
+    #[test]
+    fn rings_fit_every_device() {
+        for (index, instance) in kernels::INSTANCES.iter().enumerate() {
+            for limits in [&RTX, &A100, &H200] {
+                let choice = Choice {
+                    dtype: instance.dtype,
+                    out_dtype: instance.out,
+                    gated: instance.gated,
+                    outputs: 4096,
+                    limits,
+                };
+                let class = CLASSES.iter().position(|class| *class == instance.tile_m as usize).unwrap();
+                let pass = choice.pass(class, 1000, 0).unwrap();
+                assert_eq!(pass.instance, index);
+                let bytes = pass.stages * instance.stage_bytes;
+                assert!(bytes <= limits.shared_bytes);
+                let blocks = pass.grid.div_ceil(limits.num_sms);
+                assert!(blocks * (bytes + 1024) <= limits.shared_bytes + 1024, "{}: {blocks}", instance.kernel.entry);
+            }
+        }
+        let stages = |limits| {
+            let choice = Choice { dtype: Dtype::BF16, out_dtype: Dtype::BF16, gated: false, outputs: 4096, limits };
+            let pass = choice.pass(3, 1000, 0).unwrap();
+            (pass.stages, pass.grid)
+        };
+        assert_eq!(stages(&RTX), (3, 128));
+        assert_eq!(stages(&A100), (4, 108), "one block either way: the deeper ring");
+        assert_eq!(stages(&H200), (3, 264), "two blocks");
+        let none = GroupedGemmPlan::new(&good(), &Limits::new(75, 40, 32 << 10)).unwrap_err();
+        assert_eq!(none.to_string(), "unsupported by cuda: blocks with 32768 bytes of shared memory, not 61440");
+    }
+
+    #[test]
+    fn room_for_tiles() {
+        assert_eq!(max_tiles(0, 8), 0);
+        assert_eq!(max_tiles(5, 8), 5);
+        assert_eq!(max_tiles(129, 1), 2);
+        assert_eq!(max_tiles(1000, 4), 11);
+        // Against every share of 300 rows between two groups
+        for first in 0..=300usize {
+            for class in CLASSES {
+                let tiles = |rows: usize| match CLASSES.iter().find(|tile| rows <= **tile).unwrap_or(&128) {
+                    found if *found == class => rows.div_ceil(class),
+                    _ => 0,
+                };
+                assert!(tiles(first) + tiles(300 - first) <= tiles_of(class, 300, 2), "{class}: {first}");
+            }
+        }
+    }
+
+    #[test]
+    fn bad_arguments() {
+        let message = |problem: GroupedGemm| GroupedGemmPlan::new(&problem, &H200).unwrap_err().to_string();
+        assert_eq!(
+            message(GroupedGemm { dtype: Dtype::F64, ..good() }),
+            "`a, gate and up` has element type f64, expected bf16, f16 or f32"
+        );
+        assert_eq!(
+            message(GroupedGemm { out_dtype: Dtype::F16, ..good() }),
+            "`out` has element type f16, expected bf16 or f32"
+        );
+        assert_eq!(
+            message(GroupedGemm { inputs: 12, ..good() }),
+            "`inputs` is 12, expected a multiple of 8 (16 bytes)"
+        );
+        assert_eq!(message(GroupedGemm { outputs: 0, ..good() }), "`outputs` is 0, expected 1 to 1073741824");
+        assert_eq!(
+            message(GroupedGemm { a_stride: 20, ..good() }),
+            "`a` has strides [0, 20, 1], expected multiples of 8 elements, so that every row begins at a multiple of 16 bytes"
+        );
+        assert_eq!(
+            message(GroupedGemm { out_stride: 7, ..good() }),
+            "`out` has strides [7, 1], expected rows that do not overlap (at least 8 apart)"
+        );
+        assert_eq!(
+            message(GroupedGemm { gated: true, ..good() }),
+            "`activation` is none, expected one, because there is a gate"
+        );
+        let clamped = Some(Activation::SwigluClamped { alpha: 1.0, limit: 1.0 });
+        assert_eq!(
+            message(GroupedGemm { activation: clamped, ..good() }),
+            "`activation` is SwigluClamped, expected another one for a plain product"
+        );
+        assert_eq!(
+            message(GroupedGemm { tile_rows: Some(48), ..good() }),
+            "`tile_rows` is 48, expected 16, 32, 64 or 128"
+        );
+        let two = GroupedGemm { num_groups: 2, out_group_stride: 8, ..good() };
+        assert_eq!(message(two), "`out` has strides [8, 8, 1], expected rows that do not overlap");
+        let gated = GroupedGemm { gated: true, activation: Some(Activation::Relu), out_dtype: Dtype::F32, ..good() };
+        assert_eq!(message(gated), "unsupported by cuda: a gated product of 16-bit rows that is stored in f32");
+    }
+}

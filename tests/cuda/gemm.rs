@@ -1,15 +1,17 @@
 //! Matrix products: linear layers, and rows in groups with a weight matrix each.
 
 use crate::common::pairs::pairwise;
+use crate::common::simulator::Simulator;
 use crate::common::sums::{assert_sums, bits, naive_sum, starts_for};
 use crate::common::{Layout, Output, Rng, naive};
 use crate::{on_devices, staged};
 use gatefold::args::FfnWeights;
-use gatefold::cuda::driver::{Buffer, Driver};
+use gatefold::cuda::driver::{Buffer, Driver, Limits};
 use gatefold::cuda::{GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan, Stream};
 use gatefold::spec::{Activation, Ffn};
-use gatefold::{Element, View, ViewMut, reference};
+use gatefold::{Dtype, Element, View, ViewMut, reference};
 use half::{bf16, f16};
+use simt::Class;
 
 // --- linear -----------------------------------------------------------------------------------------------------------
 
@@ -548,5 +550,146 @@ fn grouped_nan() {
         check_grouped_nan::<bf16>(driver);
         check_grouped_nan::<f16>(driver);
         check_grouped_nan::<f32>(driver);
+    });
+}
+
+/// What 256 more columns `k` of one full tile cost, by entry: warp instructions, MMA (or FMA) among them, sectors fetched.
+fn loop_cost<T: Element>(class: usize, gated: bool) -> (&'static str, u64, u64, u64) {
+    let sim = Simulator::new(false);
+    let count = |inputs: usize| {
+        let mut case = Grouped::new(&[CLASSES[class]], 128, inputs);
+        case.weights = Weights::Halves; // rows at whole sectors
+        case.gated = gated;
+        case.activation = gated.then_some(Activation::Silu);
+        run_grouped(&sim, &case, &Data::<T>::new(&case), Some(class));
+        let counters = sim.take_counters();
+        let (entry, counters) = *counters.iter().max_by_key(|(_, counters)| counters.instructions).unwrap();
+        assert_eq!(counters.conflict_degree(), 1.0, "{entry}: bank conflicts");
+        (entry, counters)
+    };
+    let ((entry, short), (_, long)) = (count(256), count(512));
+    let class = if T::DTYPE == Dtype::F32 { Class::Float } else { Class::Matrix };
+    let sectors = long.global_sectors - short.global_sectors;
+    assert_eq!(32 * sectors, long.global_bytes - short.global_bytes, "{entry}: sectors that are not used whole");
+    (entry, long.instructions - short.instructions, long.class(class) - short.class(class), sectors)
+}
+
+/// The main loops: no bank conflicts, whole sectors, and no more instructions than these.
+#[test]
+fn grouped_counters() {
+    let mut found = Vec::new();
+    for class in 0..CLASSES.len() {
+        for gated in [false, true] {
+            found.push(loop_cost::<bf16>(class, gated));
+        }
+    }
+    found.push(loop_cost::<f32>(3, false));
+    let expected = [
+        ("gatefold_grouped_gemm_bf16_m16", 2720, 256, 2560),
+        ("gatefold_grouped_gemm_bf16_m16_gated", 5632, 512, 5120),
+        ("gatefold_grouped_gemm_bf16_m32", 3232, 512, 3072),
+        ("gatefold_grouped_gemm_bf16_m32_gated", 6656, 1024, 6144),
+        ("gatefold_grouped_gemm_bf16_m64", 2960, 1024, 3072),
+        ("gatefold_grouped_gemm_bf16_m64_gated", 6016, 2048, 6144),
+        ("gatefold_grouped_gemm_bf16_m128", 5408, 2048, 4096),
+        ("gatefold_grouped_gemm_bf16_m128_gated", 11008, 4096, 8192),
+        ("gatefold_grouped_gemm_f32_m128", 147_072, 131_072, 8192),
+    ];
+    assert_eq!(found, expected);
+}
+
+/// Rows, matrices and results more than 2^31 elements apart: offsets that do not fit 32 bits. Needs 13 GB on the device.
+fn check_far(driver: &dyn Driver) {
+    let (inputs, outputs, far) = (64, 24, (1usize << 31) + 64);
+    let mut case = Grouped::new(&[1, 1], outputs, inputs);
+    case.seed = 9;
+    let data = Data::<bf16>::new(&case);
+    let near = run_grouped(driver, &case, &data, None);
+    let place = |values: &[bf16], len: usize| {
+        let memory = Buffer::new(driver, (far + len) * 2).unwrap();
+        for (i, part) in values.chunks_exact(len).enumerate() {
+            // SAFETY: the buffer has room for two parts `far` apart, and nothing runs.
+            unsafe { driver.copy_to_device(memory.ptr() + (i * far * 2) as u64, bytemuck::cast_slice(part)).unwrap() };
+        }
+        memory
+    };
+    let a = place(&data.a, inputs);
+    let weights = place(&data.weights[1], outputs * inputs);
+    let out = Buffer::new(driver, (far + outputs) * 2).unwrap();
+    let mut problem = GroupedGemm::experts(bf16::DTYPE, 2, 2, outputs, inputs);
+    let max_tiles = 4;
+    problem.rows = GemmRows::Listed { max_rows: 2, max_group_rows: 2, max_tiles };
+    problem.a_stride = far;
+    problem.up_group_stride = far;
+    problem.out_stride = far;
+    let (counts, lists) = tiles(&case, None, max_tiles);
+    let (counts, lists) = (Buffer::from_slice(driver, &counts).unwrap(), Buffer::from_slice(driver, &lists).unwrap());
+    let args = GroupedGemmArgs::new(a.ptr(), weights.ptr(), out.ptr()).with_tiles(counts.ptr(), lists.ptr());
+    let plan = GroupedGemmPlan::new(&problem, &driver.limits()).unwrap();
+    // SAFETY: the buffers hold two rows, or matrices, `far` apart and outlive the reads below, which wait.
+    unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
+    driver.synchronize(Stream::LEGACY).unwrap();
+    for (i, near) in near.chunks_exact(outputs).enumerate() {
+        let mut row = vec![bf16::ZERO; outputs];
+        // SAFETY: `out` holds two rows `far` apart, and nothing runs.
+        unsafe {
+            driver.copy_to_host(bytemuck::cast_slice_mut(&mut row), out.ptr() + (i * far * 2) as u64).unwrap();
+        }
+        assert!(bits(&row) == bits(near), "row {i}");
+    }
+}
+
+#[test]
+fn grouped_far() {
+    on_devices(true, |driver| check_far(driver));
+}
+
+/// A device with little shared memory and few multiprocessors: the same bits, blocks that walk over many tiles.
+#[test]
+fn small_devices() {
+    let mut case = Grouped::new(&[70, 5, 200, 33, 0, 16], 200, 136);
+    case.gated = true;
+    case.activation = Some(Activation::Silu);
+    let data = Data::<bf16>::new(&case);
+    let large = run_grouped(&Simulator::new(false), &case, &data, None);
+    for shared_kib in [99, 163] {
+        let small = Simulator::with_limits(false, Limits::new(80, 3, shared_kib << 10));
+        assert!(bits(&run_grouped(&small, &case, &data, None)) == bits(&large), "{shared_kib} KiB");
+    }
+}
+
+/// The heads of latent attention: each with its own matrix, rows and results interleaved by token.
+fn check_heads<T: Element, O: Element>(driver: &dyn Driver) {
+    for (i, (tokens, heads)) in [(1, 3), (20, 2), (70, 5), (0, 2)].into_iter().enumerate() {
+        let mut case = Case::new(tokens, [40, 130][i % 2], 72);
+        case.heads = heads;
+        case.gaps = i % 2 == 1;
+        case.out = Layout::ALL[i % 3];
+        case.seed = i as u64;
+        check::<T, O>(driver, &case);
+    }
+}
+
+#[test]
+fn linear_heads() {
+    on_devices(false, |driver| {
+        check_heads::<bf16, bf16>(driver);
+        check_heads::<f16, f32>(driver);
+        check_heads::<f32, f32>(driver);
+    });
+}
+
+/// Long sums, where the truncation of tensor cores adds up: still within twice the error of sums that round.
+#[test]
+fn linear_long() {
+    on_devices(false, |driver| {
+        for (tokens, inputs) in [(3, 4096), (2, 14336)] {
+            let case = Case::new(tokens, 70, inputs);
+            check::<bf16, f32>(driver, &case);
+            check::<f16, f32>(driver, &case);
+            check::<bf16, bf16>(driver, &case);
+            check::<f16, f16>(driver, &case);
+            check::<f32, f32>(driver, &case);
+        }
     });
 }
