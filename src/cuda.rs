@@ -18,6 +18,8 @@ mod combine;
 mod device;
 #[doc(hidden)]
 pub mod driver;
+mod expert_ffn;
+mod ffn;
 mod group_tokens;
 mod grouped_gemm;
 #[doc(hidden)]
@@ -26,6 +28,7 @@ pub mod kernels;
 mod lent;
 mod linear;
 mod memory;
+mod moe;
 mod rms_norm;
 mod route;
 mod rows;
@@ -41,6 +44,8 @@ pub use combine::{Combine, CombineArgs, CombinePlan, CombineSharedArgs};
 #[cfg(feature = "cuda")]
 pub use device::Device;
 pub use driver::Stream;
+pub use expert_ffn::{ExpertFfnArgs, ExpertFfnPlan, ExpertFfnProblem, Routing, expert_ffn};
+pub use ffn::{ExpertWeights, FfnArgs, FfnStrides, FfnWeights, MlpArgs, MlpPlan, MlpProblem, mlp};
 pub use group_tokens::{
     GroupTokens, GroupTokensArgs, GroupTokensOutput, GroupTokensPlan, GroupWeightsArgs, group_tokens,
 };
@@ -49,6 +54,7 @@ pub use grouped_gemm::{GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
 pub use lent::{Lent, LentMut};
 pub use linear::{linear, linear_heads};
 pub use memory::{DeviceView, DeviceViewMut, Queue};
+pub use moe::{MoeArgs, MoeInput, MoeOutput, MoePlan, MoeProblem, MoeRouting, MoeWeights, moe};
 pub use rms_norm::{ResidualArgs, RmsNorm, RmsNormArgs, RmsNormPlan};
 pub use route::{Route, RouteArgs, RouteInput, RouteOutput, RoutePlan, route};
 pub use silu_mul::{SiluMul, SiluMulArgs, SiluMulPlan};

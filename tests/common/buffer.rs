@@ -14,6 +14,8 @@ pub enum Layout {
     Padded,
     /// The leading dimensions in reverse order, with gaps: heads before tokens.
     Permuted,
+    /// Row-major with gaps that keep rows at multiples of 16 bytes where their width is one.
+    Aligned,
 }
 
 impl Layout {
@@ -24,7 +26,11 @@ impl Layout {
         if self == Layout::Permuted {
             order.reverse();
         }
-        let gap = if self == Layout::Contiguous { [0, 0] } else { [3, 5] };
+        let gap = match self {
+            Layout::Contiguous => [0, 0],
+            Layout::Aligned => [8, 24],
+            _ => [3, 5],
+        };
         let mut strides = [1; N];
         let mut step = shape[N - 1] + gap[0];
         for i in order {

@@ -27,6 +27,7 @@ pub mod attention_case;
 pub mod buffer;
 pub mod data;
 pub mod mixture_case;
+pub mod mixtures;
 pub mod moe_case;
 pub mod naive;
 pub mod pairs;

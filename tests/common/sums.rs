@@ -51,8 +51,8 @@ pub fn inner_store<T: Element, W: Element>(level: Level) -> Store {
 }
 
 /// [`super::naive::expert_ffn`] with every sum as [`naive_sum`] makes it; the fewer values share an error's luck, the more
-/// starts.
-pub fn naive_experts<T: Element, W: Element, O: Element>(case: &ExpertCase<T, W>, store: Store) -> Vec<O> {
+/// starts. `inner` and `rows` tell how values between the projections, and results of an expert, are kept.
+pub fn naive_experts<T: Element, W: Element, O: Element>(case: &ExpertCase<T, W>, inner: Store, rows: Store) -> Vec<O> {
     let (spec, weights) = (&case.spec, case.weights());
     let (hidden, ids, topk_weights) = (case.hidden.view(), case.ids.view(), case.topk_weights.view());
     let (ffn, mut terms, mut out) = (&spec.ffn, Vec::new(), Vec::new());
@@ -65,7 +65,8 @@ pub fn naive_experts<T: Element, W: Element, O: Element>(case: &ExpertCase<T, W>
         let exact = x.iter().zip(w).map(|(x, w)| f64::from(*x) * w.to_f64()).sum::<f64>() + f64::from(bias);
         naive_sum(&terms, bias, exact, starts)
     };
-    let round = |x: f32| if store == Store::Storage { T::from_f32(x).to_f32() } else { x };
+    let round = |x: f32, store: Store| if store == Store::Storage { T::from_f32(x).to_f32() } else { x };
+    let inner_store = inner;
     for t in 0..hidden.shape()[0] {
         let mut total = vec![0.0f32; ffn.hidden_size];
         for (id, weight) in ids.row(&[t]).iter().zip(topk_weights.row(&[t])) {
@@ -78,11 +79,11 @@ pub fn naive_experts<T: Element, W: Element, O: Element>(case: &ExpertCase<T, W>
                 .map(|i| {
                     let gate = w.gate.map(|g| sum(&x, g.row(&[i]), w.gate_bias.map(|b| b[i]), inner_starts));
                     let up = sum(&x, w.up.row(&[i]), w.up_bias.map(|b| b[i]), inner_starts);
-                    round(super::naive::inner(ffn.activation, gate, up))
+                    round(super::naive::inner(ffn.activation, gate, up), inner_store)
                 })
                 .collect();
             for (o, total) in total.iter_mut().enumerate() {
-                let y = sum(&inner, w.down.row(&[o]), w.down_bias.map(|b| b[o]), down_starts);
+                let y = round(sum(&inner, w.down.row(&[o]), w.down_bias.map(|b| b[o]), down_starts), rows);
                 *total += if on_input { y } else { weight * y };
             }
         }

@@ -50,7 +50,7 @@ fn check<T: Float, W: Float, O: Float>(case: &ExpertCase<T, W>, threads: usize, 
         let what = format!("{level} {:?} x {:?} -> {:?}, {spec:?}, {:?}", T::DTYPE, W::DTYPE, O::DTYPE, case.options);
         let store = inner_store::<T, W>(level);
         if !naive.iter().any(|(s, _)| *s == store) {
-            naive.push((store, naive_experts::<T, W, O>(case, store)));
+            naive.push((store, naive_experts::<T, W, O>(case, store, Store::F32)));
         }
         let (_, naive) = naive.iter().find(|(s, _)| *s == store).unwrap();
         let got = call::<T, W, O>(case, &packed, level, threads, 0..num_tokens);

@@ -1,39 +1,15 @@
 //! `cpu::moe` at every level against the reference: any router, with the routing computed inside or given, and any shared expert.
 
+use crate::common::mixtures::{Chosen, assert_route, coupled, mixtures, naive_mixture};
 use crate::common::naive::Store;
-use crate::common::sums::{assert_sums, bits, inner_store, naive_experts, naive_sum, with_threads};
-use crate::common::tolerance::ulp;
-use crate::common::{
-    Array, ExpertCase, ExpertOptions, GateUp, Layout, MoeCase, MoeResult, Output, RouteResult, strategies,
-};
+use crate::common::sums::{assert_sums, bits, inner_store, with_threads};
+use crate::common::{Array, ExpertOptions, GateUp, Layout, MoeCase, MoeResult, Output, RouteResult};
 use gatefold::args::{MoeInput, MoeOutput, RouteOutput, Routing};
 use gatefold::cpu::{self, Cpu, Float, Level, PackedLinear, PackedMoe};
-use gatefold::spec::{
-    Activation, AuxLoss, ExpertFfn, Ffn, Moe, Renormalize, Router, Score, SecondExpert, Selection, SharedExpert,
-    WeightOn,
-};
-use gatefold::{Dtype, Error, View, ViewMut, reference};
+use gatefold::spec::{Activation, AuxLoss, ExpertFfn, Ffn, Moe, Renormalize, Router, Score, SharedExpert, WeightOn};
+use gatefold::{Error, View, ViewMut, reference};
 use half::{bf16, f16};
 use proptest::prelude::*;
-use proptest::sample::select;
-
-/// Ids and weights of a routing, to give to a call.
-struct Chosen {
-    ids: Array<i32, 2>,
-    weights: Array<f32, 2>,
-}
-
-impl Chosen {
-    fn of<T: Float, W: Float, Q: Float>(case: &MoeCase<T, W, Q>, route: &RouteResult<f32>) -> Chosen {
-        let shape = [case.num_tokens(), case.spec.router.slots()];
-        let layout = case.experts.options.layout;
-        Chosen { ids: Array::new(shape, layout, &route.ids), weights: Array::new(shape, layout, &route.weights) }
-    }
-
-    fn routing(&self) -> Routing<'_, f32> {
-        Routing::new(self.ids.view(), self.weights.view())
-    }
-}
 
 fn call<T: Float, W: Float, Q: Float, O: Float>(
     case: &MoeCase<T, W, Q>,
@@ -55,46 +31,6 @@ fn call<T: Float, W: Float, Q: Float, O: Float>(
     })
 }
 
-/// The textbook method: experts one slot after the other, then the shared one times its gate.
-fn naive<T: Float, W: Float, Q: Float, O: Float>(case: &MoeCase<T, W, Q>, chosen: &Chosen, store: Store) -> Vec<O> {
-    let experts = ExpertCase { ids: chosen.ids.clone(), topk_weights: chosen.weights.clone(), ..case.experts.clone() };
-    let mut out = naive_experts::<T, W, f32>(&experts, store);
-    if let Some(shared) = &case.shared {
-        let (n, layout) = (case.num_tokens(), case.experts.options.layout);
-        let factor = |t: usize| {
-            case.shared_gate.as_ref().map_or(1.0, |gate| {
-                let pairs = || case.experts.hidden.view().row(&[t]).iter().zip(gate.view().row(&[0]));
-                let terms: Vec<f32> = pairs().map(|(x, w)| x.to_f32() * w.to_f32()).collect();
-                let exact = pairs().map(|(x, w)| x.to_f64() * w.to_f64()).sum();
-                1.0 / (1.0 + (-naive_sum(&terms, 0.0, exact, 64)).exp())
-            })
-        };
-        let factors: Vec<f32> = (0..n).map(factor).collect();
-        let mut shared = shared.clone();
-        shared.ids = Array::new([n, 1], layout, &vec![0; n]);
-        shared.topk_weights = Array::new([n, 1], layout, &factors);
-        let shared = naive_experts::<T, W, f32>(&shared, store);
-        out.iter_mut().zip(shared).for_each(|(out, shared)| *out += shared);
-    }
-    out.into_iter().map(O::from_f32).collect()
-}
-
-/// What is an integer is equal; weights and losses are the truth rounded once, give or take the last bit. Weights whose truth is
-/// NaN or infinite may be anything.
-fn assert_route(what: &str, got: &RouteResult<f32>, truth: &RouteResult<f64>) {
-    assert_eq!(got.ids, truth.ids, "{what}");
-    assert_eq!(got.tokens_per_expert, truth.tokens_per_expert, "{what}");
-    assert_eq!(got.dropped, truth.dropped, "{what}");
-    assert_eq!(got.expert_tokens, truth.expert_tokens, "{what}");
-    let close = |got: f32, truth: f64| (f64::from(got) - truth).abs() <= 0.51 * ulp(Dtype::F32, truth);
-    for (got, truth) in got.weights.iter().zip(&truth.weights) {
-        assert!(!(*truth as f32).is_finite() || close(*got, *truth), "{what}: weight {got:e}, expected {truth:e}");
-    }
-    for (got, truth) in [(got.aux_loss, truth.aux_loss), (got.z_loss, truth.z_loss)] {
-        assert!(close(got, truth) || (got.is_nan() && truth.is_nan()), "{what}: loss {got:e}, expected {truth:e}");
-    }
-}
-
 /// The reference's routing of the logits that this level computes.
 fn route_of_logits<T: Float, W: Float, Q: Float>(case: &MoeCase<T, W, Q>, level: Level) -> RouteResult<f64> {
     let shape = [case.num_tokens(), case.spec.router.num_experts];
@@ -107,14 +43,6 @@ fn route_of_logits<T: Float, W: Float, Q: Float>(case: &MoeCase<T, W, Q>, level:
     routes.selection_bias = case.selection_bias.clone();
     routes.token_mask = case.token_mask.clone();
     routes.run(reference::route)
-}
-
-/// Whether a token's experts depend on the other tokens, or on its place among them (random numbers do).
-fn coupled(router: &Router) -> bool {
-    router.capacity.is_some()
-        || router.jitter.is_some()
-        || router.second_expert == SecondExpert::Random
-        || matches!(router.selection, Selection::ExpertChoice | Selection::Sinkhorn { .. })
 }
 
 /// The routing is computed inside, or (`given`) that of the case is used.
@@ -150,7 +78,7 @@ fn check<T: Float, W: Float, Q: Float, O: Float>(case: &MoeCase<T, W, Q>, given:
         let truth = case
             .run::<f64, f64>(routing, false, |spec, input, output| reference::moe(spec, input, &weights, output))
             .out;
-        let naive = naive::<T, W, Q, O>(case, &chosen, inner_store::<T, W>(level));
+        let naive = naive_mixture::<T, W, Q, O>(case, &chosen, inner_store::<T, W>(level), Store::F32);
         // The outputs of a token share its inner values, so the luck of a few sums: more tokens where those are few.
         let inner = spec.shared.map_or(usize::MAX, |s| s.ffn.intermediate_size);
         let rows = 128usize.div_ceil(inner.min(spec.experts.ffn.intermediate_size));
@@ -179,42 +107,6 @@ fn check<T: Float, W: Float, Q: Float, O: Float>(case: &MoeCase<T, W, Q>, given:
     }
 }
 
-/// Any mixture with few experts, around tiles of 12 tokens and panels of 32 outputs. Sums are long enough to have an error that is
-/// not luck.
-fn mixtures() -> impl Strategy<Value = (Moe, ExpertOptions, bool)> {
-    let shared = (strategies::ffn(32, 32), any::<bool>());
-    let router = strategies::router().prop_filter("few experts", |router| router.num_experts <= 16);
-    let options = (any::<[bool; 3]>(), prop::option::weighted(0.2, select(vec![0.01, 0.3])));
-    (router, strategies::experts(12, 32, 16), prop::option::weighted(0.6, shared), options).prop_map(
-        |(mut router, (mut experts, mut options), shared, ([router_bias, selection_bias, mask], jitter))| {
-            let n = router.num_experts;
-            (experts.first_expert, experts.num_local_experts) = match (experts.first_expert, experts.num_local_experts)
-            {
-                (3, _) => (n / 3, n.div_ceil(2)),
-                (5, _) => (n, 0),
-                _ => (0, n),
-            };
-            experts.num_experts = n;
-            experts.ffn.hidden_size = experts.ffn.hidden_size.max(15);
-            experts.ffn.intermediate_size = experts.ffn.intermediate_size.max(15);
-            options.slots = options.slots.min(n);
-            router.jitter = jitter;
-            let takes_bias = matches!(router.selection, Selection::TopK | Selection::Prototypes);
-            let mut spec = Moe::new(router, experts);
-            (spec.router_bias, spec.selection_bias) = (router_bias, selection_bias && takes_bias);
-            spec.shared = shared.map(|(mut ffn, sigmoid_gate)| {
-                ffn.hidden_size = experts.ffn.hidden_size;
-                ffn.intermediate_size = ffn.intermediate_size.max(15);
-                let mut shared = SharedExpert::new(ffn);
-                shared.sigmoid_gate = sigmoid_gate;
-                shared
-            });
-            spec.validate().expect("the strategy makes valid mixtures");
-            (spec, options, mask)
-        },
-    )
-}
-
 fn run<T: Float, W: Float, Q: Float, O: Float>(
     (spec, options, mask): &(Moe, ExpertOptions, bool),
     given: bool,
@@ -231,23 +123,23 @@ fn run<T: Float, W: Float, Q: Float, O: Float>(
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]
-    fn f32_everywhere(m in mixtures(), given: bool, threads in 1usize..4, seed: u64) {
+    fn f32_everywhere(m in mixtures(12, 32, 16), given: bool, threads in 1usize..4, seed: u64) {
         run::<f32, f32, f32, f32>(&m, given, threads, seed);
     }
     #[test]
-    fn bf16_everywhere(m in mixtures(), given: bool, threads in 1usize..4, seed: u64) {
+    fn bf16_everywhere(m in mixtures(12, 32, 16), given: bool, threads in 1usize..4, seed: u64) {
         run::<bf16, bf16, bf16, bf16>(&m, given, threads, seed);
     }
     #[test]
-    fn bf16_with_a_router_in_f32(m in mixtures(), given: bool, threads in 1usize..4, seed: u64) {
+    fn bf16_with_a_router_in_f32(m in mixtures(12, 32, 16), given: bool, threads in 1usize..4, seed: u64) {
         run::<bf16, bf16, f32, f32>(&m, given, threads, seed);
     }
     #[test]
-    fn f16_everywhere(m in mixtures(), given: bool, threads in 1usize..4, seed: u64) {
+    fn f16_everywhere(m in mixtures(12, 32, 16), given: bool, threads in 1usize..4, seed: u64) {
         run::<f16, f16, f16, f16>(&m, given, threads, seed);
     }
     #[test]
-    fn mixed_types(m in mixtures(), given: bool, threads in 1usize..4, seed: u64) {
+    fn mixed_types(m in mixtures(12, 32, 16), given: bool, threads in 1usize..4, seed: u64) {
         match seed % 3 {
             0 => run::<f32, bf16, f32, f32>(&m, given, threads, seed),
             1 => run::<bf16, f32, f16, bf16>(&m, given, threads, seed),

@@ -3,7 +3,7 @@
 #![cfg(feature = "cuda")]
 
 use gatefold::cuda::Device;
-use gatefold::cuda::driver::Driver;
+use gatefold::cuda::driver::{Driver, Recorder};
 
 #[path = "../common/mod.rs"]
 #[macro_use]
@@ -18,6 +18,7 @@ mod decode;
 mod gemm;
 mod glue;
 mod group;
+mod moe;
 mod route;
 
 use common::simulator::Simulator;
@@ -30,8 +31,18 @@ fn on_devices(exact: bool, check: impl Fn(&dyn Driver)) {
     on_gpu(check);
 }
 
+/// [`on_devices`] with exact instructions, for checks that record launches and run them again.
+fn on_recorders(check: impl Fn(&dyn Recorder)) {
+    check(&Simulator::new(false));
+    on_first_gpu(|device| check(device));
+}
+
 /// Runs a check on the first GPU, or says that there is none: for sizes that are too large for the simulator.
 fn on_gpu(check: impl Fn(&dyn Driver)) {
+    on_first_gpu(|device| check(device));
+}
+
+fn on_first_gpu(check: impl Fn(&Device)) {
     match Device::open(0) {
         Ok(device) => check(&device),
         Err(error) => {

@@ -1,6 +1,7 @@
 //! Experts: the reference against a dense mixture, expert by expert, and every CPU level against the reference.
 
 use super::Table;
+use crate::common::naive::Store;
 use crate::common::sums::{assert_sums, inner_store, naive_experts};
 use crate::common::{ExpertCase, ExpertOptions, GateUp, Layout, assert_close, naive};
 use gatefold::cpu::{self, Cpu, Float, Level, PackedExperts};
@@ -202,7 +203,7 @@ fn at_level<T: Float, W: Float, O: Float>(
 ) {
     let mut cpu = Cpu::with_level(level);
     let got: Vec<O> = case.run(|spec, x, routing, out| cpu::expert_ffn(&mut cpu, spec, x, routing, packed, out));
-    let naive = naive_experts::<T, W, O>(case, inner_store::<T, W>(level));
+    let naive = naive_experts::<T, W, O>(case, inner_store::<T, W>(level), Store::F32);
     let ffn = &case.spec.ffn;
     // The outputs of a token share its inner values, so the luck of a few sums: more tokens where those are few.
     assert_sums(what, &got, truth, &naive, ffn.hidden_size * 128usize.div_ceil(ffn.intermediate_size));

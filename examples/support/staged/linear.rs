@@ -13,8 +13,19 @@ pub fn linear<T: Element, O: Element>(
     bias: Option<&[f32]>,
     out: ViewMut<'_, O, 2>,
 ) -> Result<()> {
+    linear_with(driver, x, &Staged::new(driver, weight)?, bias, out)
+}
+
+/// [`linear`] with a weight that is on the device already.
+pub fn linear_with<T: Element, O: Element>(
+    driver: &dyn Driver,
+    x: View<'_, T, 2>,
+    weight: &Staged<'_, T, 2>,
+    bias: Option<&[f32]>,
+    out: ViewMut<'_, O, 2>,
+) -> Result<()> {
     let mut queue = Queue::new(driver);
-    let (x, weight) = (Staged::new(driver, x)?, Staged::new(driver, weight)?);
+    let x = Staged::new(driver, x)?;
     let bias = bias.map(|bias| vector(driver, bias)).transpose()?;
     let mut result = StagedMut::new(driver, &out)?;
     cuda::linear(&mut queue, x.view(), weight.view(), bias.as_ref().map(Staged::view), result.view())?;

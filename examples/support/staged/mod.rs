@@ -2,16 +2,21 @@
 //! back. For tests and examples, where the arguments are those of the reference; a framework keeps its arrays on the device.
 //!
 //! One module per family, with the names and arguments of `gatefold::cpu`, after a [`Driver`](gatefold::cuda::driver::Driver).
-#![allow(dead_code)] // each user takes its own part
+#![allow(dead_code, unused_imports)] // each user takes its own part
 
 mod arrays;
 mod attention;
 mod linear;
 mod merge;
+mod moe;
 mod route;
 
 pub use arrays::{Staged, StagedMut, vector};
 pub use attention::attention;
-pub use linear::{linear, linear_heads};
+pub use linear::{linear, linear_heads, linear_with};
 pub use merge::merge;
-pub use route::route;
+pub use moe::{
+    StagedExperts, StagedFfn, StagedMoe, StagedRouting, expert_ffn, expert_ffn_with, mlp, mlp_with, moe, moe_with,
+    router_logits_with,
+};
+pub use route::{StagedRoute, route};

@@ -11,7 +11,7 @@ pub fn route(
     driver: &dyn Driver,
     spec: &Router,
     input: &args::RouteInput<'_>,
-    mut output: args::RouteOutput<'_>,
+    output: args::RouteOutput<'_>,
 ) -> Result<()> {
     let mut queue = Queue::new(driver);
     let logits = Staged::new(driver, input.logits)?;
@@ -23,61 +23,71 @@ pub fn route(
     on_device.token_mask = token_mask.as_ref().map(Staged::view);
     on_device.loss_mask = loss_mask.as_ref().map(Staged::view);
     on_device.seed = input.seed;
-
-    let mut ids = StagedMut::new(driver, &output.topk_ids)?;
-    let mut weights = StagedMut::new(driver, &output.topk_weights)?;
-    let mut counts = output.tokens_per_expert.map(flat_mut);
-    let mut dropped = output.dropped.map(one);
-    let (mut aux, mut z) = (output.aux_loss.map(one), output.z_loss.map(one));
-    let mut counts_there = stage(driver, &counts)?;
-    let mut dropped_there = stage(driver, &dropped)?;
-    let (mut aux_there, mut z_there) = (stage(driver, &aux)?, stage(driver, &z)?);
-    let mut tokens = output.expert_tokens.as_ref().map(|tokens| StagedMut::new(driver, tokens)).transpose()?;
-    let mut out = cuda::RouteOutput::new(ids.view(), weights.view());
-    out.tokens_per_expert = counts_there.as_mut().map(StagedMut::view);
-    out.dropped = dropped_there.as_mut().map(StagedMut::view);
-    out.expert_tokens = tokens.as_mut().map(StagedMut::view);
-    out.aux_loss = aux_there.as_mut().map(StagedMut::view);
-    out.z_loss = z_there.as_mut().map(StagedMut::view);
-    cuda::route(&mut queue, spec, &on_device, out)?;
-
-    let stream = queue.stream();
-    ids.finish(stream, output.topk_ids)?;
-    weights.finish(stream, output.topk_weights)?;
-    if let (Some(there), Some(here)) = (tokens, output.expert_tokens.take()) {
-        there.finish(stream, here)?;
-    }
-    fetch(counts_there, counts.take(), stream)?;
-    fetch(dropped_there, dropped.take(), stream)?;
-    fetch(aux_there, aux.take(), stream)?;
-    fetch(z_there, z.take(), stream)
+    let mut there = StagedRoute::new(driver, output)?;
+    cuda::route(&mut queue, spec, &on_device, there.output())?;
+    there.finish(queue.stream())
 }
 
-/// A vector that is written.
-fn flat_mut<T>(data: &mut [T]) -> ViewMut<'_, T, 1> {
+/// Where a routing goes: copies on the device, and the arrays of the host that get them back.
+pub struct StagedRoute<'a, 'h> {
+    ids: (StagedMut<'a, i32, 2>, ViewMut<'h, i32, 2>),
+    weights: (StagedMut<'a, f32, 2>, ViewMut<'h, f32, 2>),
+    expert_tokens: Option<(StagedMut<'a, i32, 2>, ViewMut<'h, i32, 2>)>,
+    tokens_per_expert: Option<Flat<'a, 'h, u32>>,
+    dropped: Option<Flat<'a, 'h, u64>>,
+    aux_loss: Option<Flat<'a, 'h, f32>>,
+    z_loss: Option<Flat<'a, 'h, f32>>,
+}
+
+type Flat<'a, 'h, T> = (StagedMut<'a, T, 1>, ViewMut<'h, T, 1>);
+
+fn flat<'a, 'h, T: bytemuck::Pod>(driver: &'a dyn Driver, data: &'h mut [T]) -> Result<Flat<'a, 'h, T>> {
     let len = data.len();
-    ViewMut::new(data, [len])
+    let view = ViewMut::new(data, [len]);
+    Ok((StagedMut::new(driver, &view)?, view))
 }
 
-/// A number that is written.
-fn one<T>(value: &mut T) -> ViewMut<'_, T, 1> {
-    flat_mut(std::slice::from_mut(value))
-}
+impl<'a, 'h> StagedRoute<'a, 'h> {
+    pub fn new(driver: &'a dyn Driver, output: args::RouteOutput<'h>) -> Result<Self> {
+        fn one<'a, 'h, T: bytemuck::Pod>(
+            driver: &'a dyn Driver,
+            value: Option<&'h mut T>,
+        ) -> Result<Option<Flat<'a, 'h, T>>> {
+            value.map(|value| flat(driver, std::slice::from_mut(value))).transpose()
+        }
+        let tokens = output.expert_tokens.map(|view| Ok((StagedMut::new(driver, &view)?, view))).transpose()?;
+        Ok(StagedRoute {
+            ids: (StagedMut::new(driver, &output.topk_ids)?, output.topk_ids),
+            weights: (StagedMut::new(driver, &output.topk_weights)?, output.topk_weights),
+            expert_tokens: tokens,
+            tokens_per_expert: output.tokens_per_expert.map(|counts| flat(driver, counts)).transpose()?,
+            dropped: one(driver, output.dropped)?,
+            aux_loss: one(driver, output.aux_loss)?,
+            z_loss: one(driver, output.z_loss)?,
+        })
+    }
 
-fn stage<'a, T: bytemuck::Pod>(
-    driver: &'a dyn Driver,
-    view: &Option<ViewMut<'_, T, 1>>,
-) -> Result<Option<StagedMut<'a, T, 1>>> {
-    view.as_ref().map(|view| StagedMut::new(driver, view)).transpose()
-}
+    pub fn output(&mut self) -> cuda::RouteOutput<'_> {
+        let mut output = cuda::RouteOutput::new(self.ids.0.view(), self.weights.0.view());
+        output.expert_tokens = self.expert_tokens.as_mut().map(|(there, _)| there.view());
+        output.tokens_per_expert = self.tokens_per_expert.as_mut().map(|(there, _)| there.view());
+        output.dropped = self.dropped.as_mut().map(|(there, _)| there.view());
+        output.aux_loss = self.aux_loss.as_mut().map(|(there, _)| there.view());
+        output.z_loss = self.z_loss.as_mut().map(|(there, _)| there.view());
+        output
+    }
 
-fn fetch<T: bytemuck::Pod>(
-    there: Option<StagedMut<'_, T, 1>>,
-    here: Option<ViewMut<'_, T, 1>>,
-    stream: cuda::Stream,
-) -> Result<()> {
-    match (there, here) {
-        (Some(there), Some(here)) => there.finish(stream, here),
-        _ => Ok(()),
+    /// Waits for the stream and copies everything back.
+    pub fn finish(self, stream: cuda::Stream) -> Result<()> {
+        fn back<T: bytemuck::Pod>(flat: Option<Flat<'_, '_, T>>, stream: cuda::Stream) -> Result<()> {
+            flat.map_or(Ok(()), |(there, here)| there.finish(stream, here))
+        }
+        self.ids.0.finish(stream, self.ids.1)?;
+        self.weights.0.finish(stream, self.weights.1)?;
+        self.expert_tokens.map_or(Ok(()), |(there, here)| there.finish(stream, here))?;
+        back(self.tokens_per_expert, stream)?;
+        back(self.dropped, stream)?;
+        back(self.aux_loss, stream)?;
+        back(self.z_loss, stream)
     }
 }

@@ -1,0 +1,419 @@
+//! Blocks, experts and whole mixtures: sort, products and sums in a row, against the reference.
+
+use crate::common::mixtures::{Chosen, assert_route, coupled, mixtures, naive_mixture};
+use crate::common::naive::Store;
+use crate::common::simulator::Simulator;
+use crate::common::sums::{assert_sums, bits, naive_experts};
+use crate::common::{Array, ExpertCase, ExpertOptions, GateUp, Layout, MoeCase, MoeResult, Output, strategies};
+use crate::{on_devices, on_recorders, staged};
+use gatefold::args::Routing;
+use gatefold::cuda::driver::{Buffer, Driver, Recorder};
+use gatefold::cuda::{FfnArgs, FfnStrides, MoeArgs, MoePlan, MoeProblem, Route, RoutePlan};
+use gatefold::spec::{Activation, ExpertFfn, Ffn, Moe, Renormalize, Router, Score, SharedExpert, WeightOn};
+use gatefold::{Element, reference};
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+// --- experts ----------------------------------------------------------------------------------------------------------
+
+/// Sizes that the products take: rows of whole 16 bytes, arrays whose rows stay there.
+fn aligned((mut spec, mut options): (ExpertFfn, ExpertOptions)) -> (ExpertFfn, ExpertOptions) {
+    let ffn = &mut spec.ffn;
+    ffn.hidden_size = ffn.hidden_size.next_multiple_of(8).max(16);
+    ffn.intermediate_size = ffn.intermediate_size.next_multiple_of(8).max(16);
+    if options.layout != Layout::Contiguous {
+        options.layout = Layout::Aligned;
+    }
+    (spec, options)
+}
+
+fn experts_of<T: Element>(driver: &dyn Driver, case: &ExpertCase<T, T>) -> Vec<T> {
+    let weights = case.weights();
+    case.run(|spec, hidden, routing, out| staged::expert_ffn(driver, spec, hidden, routing, &weights, out))
+}
+
+/// Some of the tokens of a call.
+fn part<T: Element>(case: &ExpertCase<T, T>, tokens: std::ops::Range<usize>) -> ExpertCase<T, T> {
+    fn rows<E: bytemuck::Pod>(array: &Array<E, 2>, tokens: &std::ops::Range<usize>, layout: Layout) -> Array<E, 2> {
+        let width = array.shape()[1];
+        Array::new([tokens.len(), width], layout, &array.values()[tokens.start * width..tokens.end * width])
+    }
+    let mut part = case.clone();
+    part.options.num_tokens = tokens.len();
+    part.hidden = rows(&case.hidden, &tokens, case.options.layout);
+    part.ids = rows(&case.ids, &tokens, case.options.layout);
+    part.topk_weights = rows(&case.topk_weights, &tokens, case.options.layout);
+    part
+}
+
+/// Against the reference, then bit for bit: again, and some of the tokens alone. `exact`: the device's instructions do not err at
+/// random.
+fn check_experts<T: Element>(driver: &dyn Driver, case: &ExpertCase<T, T>, exact: bool, seed: u64) {
+    let (spec, width, n) = (&case.spec, case.spec.ffn.hidden_size, case.options.num_tokens);
+    let what = format!("{:?}, {spec:?}, {:?}", T::DTYPE, case.options);
+    let weights = case.weights();
+    let truth: Vec<f64> =
+        case.run(|spec, hidden, routing, out| reference::expert_ffn(spec, hidden, routing, &weights, out));
+    let naive: Vec<T> = naive_experts(case, Store::Storage, Store::Storage);
+    let got = experts_of(driver, case);
+    // The outputs of a token share its inner values, so the luck of a few sums: more tokens where those are few.
+    assert_sums(&what, &got, &truth, &naive, width * 128usize.div_ceil(spec.ffn.intermediate_size));
+    if exact && n > 0 {
+        assert!(bits(&got) == bits(&experts_of(driver, case)), "{what}: again");
+        let first = seed as usize % n;
+        let end = first + 1 + (seed >> 32) as usize % (n - first);
+        for tokens in [first..end, first..first + 1] {
+            let alone = experts_of(driver, &part(case, tokens.clone()));
+            assert!(bits(&got[tokens.start * width..tokens.end * width]) == bits(&alone), "{what}: {tokens:?} alone");
+        }
+    }
+}
+
+fn run_experts<T: Element>(call: (ExpertFfn, ExpertOptions), exact: bool, seed: u64) {
+    let (spec, options) = aligned(call);
+    check_experts(&Simulator::new(!exact), &ExpertCase::<T, T>::new(&spec, options, seed), exact, seed);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(6))]
+    #[test]
+    fn experts_bf16(call in strategies::experts(16, 32, 16), exact: bool, seed: u64) {
+        run_experts::<bf16>(call, exact, seed);
+    }
+    #[test]
+    fn experts_f16(call in strategies::experts(17, 24, 40), exact: bool, seed: u64) {
+        run_experts::<f16>(call, exact, seed);
+    }
+    #[test]
+    fn experts_f32(call in strategies::experts(12, 32, 16), exact: bool, seed: u64) {
+        run_experts::<f32>(call, exact, seed);
+    }
+}
+
+fn options(num_tokens: usize, slots: usize) -> ExpertOptions {
+    ExpertOptions { num_tokens, slots, gate_up: GateUp::Halves, layout: Layout::Aligned }
+}
+
+/// Every expert of one token; one expert for all tokens, across all classes of row tiles; many experts of which few are used; the
+/// same expert twice.
+#[test]
+fn extreme_routings() {
+    let ffn = Ffn::gated(40, 24, Activation::Silu);
+    let all = ExpertFfn::new(16, ffn);
+    on_devices(true, |driver| {
+        check_experts(driver, &ExpertCase::<bf16, bf16>::new(&all, options(13, 16), 1), true, 5);
+        for n in [17, 40, 130] {
+            let mut skewed = ExpertCase::<f32, f32>::new(&all, options(n, 2), 2);
+            skewed.ids = Array::new([n, 2], Layout::Aligned, &[7, -1].repeat(n));
+            check_experts(driver, &skewed, true, 1 << 33);
+        }
+        let many = ExpertFfn::new(1024, Ffn::gated(24, 8, Activation::Silu));
+        check_experts(driver, &ExpertCase::<bf16, bf16>::new(&many, options(9, 8), 3), true, 9);
+        let mut twice = ExpertCase::<f32, f32>::new(&all, options(9, 2), 4);
+        twice.ids = Array::new([9, 2], Layout::Aligned, &[3; 18]);
+        check_experts(driver, &twice, true, 3);
+    });
+}
+
+/// Ids of others are skipped, whatever their weight; a token without experts gets 0; NaN stays in its token.
+#[test]
+fn what_is_skipped_and_what_spreads() {
+    let mut spec = ExpertFfn::new(8, Ffn::gated(32, 24, Activation::GeluTanh));
+    (spec.first_expert, spec.num_local_experts) = (2, 3);
+    let mut case = ExpertCase::<f32, f32>::new(&spec, options(14, 2), 6);
+    let strangers = [-1, i32::MIN, i32::MAX, 0, 1, 5, 7, 8];
+    let ids: Vec<i32> = (0..28).map(|i| if i < 16 { strangers[i % 8] } else { 2 + i as i32 % 3 }).collect();
+    let weights: Vec<f32> = (0..28).map(|i| if i < 16 { f32::NAN } else { 0.5 }).collect();
+    case.ids = Array::new([14, 2], Layout::Aligned, &ids);
+    case.topk_weights = Array::new([14, 2], Layout::Aligned, &weights);
+    case.hidden.set([10, 4], f32::NAN);
+    case.hidden.set([12, 4], f32::INFINITY);
+    on_devices(true, |driver| {
+        for (t, row) in experts_of(driver, &case).chunks(32).enumerate() {
+            match t {
+                0..8 => assert!(row.iter().all(|x| x.to_bits() == 0), "token {t}"),
+                10 => assert!(row.iter().all(|x| x.is_nan()), "token {t}"),
+                12 => assert!(row.iter().all(|x| !x.is_finite()), "token {t}"),
+                _ => assert!(row.iter().all(|x| x.is_finite()), "token {t}"),
+            }
+        }
+    });
+}
+
+/// A rank's slice of the experts, added up over the ranks, is the whole; a rank without experts gives 0.
+#[test]
+fn ranks_add_up() {
+    let whole = ExpertFfn::new(8, Ffn::gated(32, 16, Activation::Silu));
+    let case = ExpertCase::<f32, f32>::new(&whole, options(21, 3), 7);
+    on_devices(true, |driver| {
+        let want = experts_of(driver, &case);
+        let mut sums = vec![0.0; want.len()];
+        for (first, count) in [(0, 3), (3, 5), (8, 0)] {
+            let mut rank = case.clone();
+            (rank.spec.first_expert, rank.spec.num_local_experts) = (first, count);
+            let cut = |array: &Array<f32, 3>| {
+                let [_, rows, cols] = array.shape();
+                let values = &array.values()[first * rows * cols..(first + count) * rows * cols];
+                Array::new([count, rows, cols], Layout::Contiguous, values)
+            };
+            rank.gate_up = case.gate_up.iter().map(cut).collect();
+            rank.down = cut(&case.down);
+            let part = experts_of(driver, &rank);
+            assert!(count > 0 || part.iter().all(|x| x.to_bits() == 0));
+            sums.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
+        }
+        for (sum, want) in sums.iter().zip(&want) {
+            assert!((sum - want).abs() <= 1e-6 * (1.0 + want.abs()), "{sum} {want}");
+        }
+    });
+}
+
+// --- one block ----------------------------------------------------------------------------------------------------------
+
+fn check_mlp<T: Element>(driver: &dyn Driver, ffn: &Ffn, num_tokens: usize, seed: u64) {
+    // The only expert, with weight 1.
+    let mut case = ExpertCase::<T, T>::new(&ExpertFfn::new(1, *ffn), options(num_tokens, 1), seed);
+    case.ids = Array::new([num_tokens, 1], Layout::Aligned, &vec![0; num_tokens]);
+    case.topk_weights = Array::new([num_tokens, 1], Layout::Aligned, &vec![1.0; num_tokens]);
+    let weights = case.weights();
+    let mut out = Output::<T, 2>::new([num_tokens, ffn.hidden_size], Layout::Aligned);
+    staged::mlp(driver, ffn, case.hidden.view(), &weights.expert(0), out.view()).unwrap();
+    let got = out.finish("out");
+    // As the experts do it, bit for bit: a rounding of the row before the sum changes nothing.
+    assert!(bits(&got) == bits(&experts_of(driver, &case)), "{ffn:?}, {num_tokens} tokens");
+    let truth: Vec<f64> =
+        case.run(|spec, hidden, routing, out| reference::expert_ffn(spec, hidden, routing, &weights, out));
+    let naive: Vec<T> = naive_experts(&case, Store::Storage, Store::Storage);
+    assert_sums(&format!("{ffn:?}, {num_tokens} tokens"), &got, &truth, &naive, ffn.hidden_size * 4);
+}
+
+#[test]
+fn mlp_is_the_only_expert() {
+    let mut clamped = Ffn::gated(48, 40, Activation::SwigluClamped { alpha: 1.7, limit: 7.0 });
+    (clamped.up_bias, clamped.down_bias) = (true, true);
+    on_devices(true, |driver| {
+        for n in [0, 1, 29, 65] {
+            check_mlp::<bf16>(driver, &clamped, n, 9);
+            check_mlp::<f32>(driver, &Ffn::plain(32, 64, Activation::ReluSquared), n, 8);
+        }
+    });
+}
+
+// --- mixtures -----------------------------------------------------------------------------------------------------------
+
+fn mixture_of<T: Element, Q: Element>(
+    driver: &dyn Driver,
+    case: &MoeCase<T, T, Q>,
+    given: Option<Routing<'_, f32>>,
+    ask: bool,
+) -> MoeResult<T, f32> {
+    let weights = case.weights();
+    case.run(given, ask, |spec, input, output| staged::moe(driver, spec, input, &weights, output))
+}
+
+/// The routing is computed inside, or (`given`) that of the case is used.
+fn check_mixture<T: Element, Q: Element>(driver: &dyn Driver, case: &MoeCase<T, T, Q>, given: bool, exact: bool) {
+    let (spec, weights, n) = (&case.spec, case.weights(), case.num_tokens());
+    let width = spec.experts.ffn.hidden_size;
+    let what = format!("{:?}, {spec:?}, {:?}, given: {given}", T::DTYPE, case.experts.options);
+    let (got, chosen) = if given {
+        let got = mixture_of(driver, case, Some(case.experts.routing()), false);
+        (got, Chosen { ids: case.experts.ids.clone(), weights: case.experts.topk_weights.clone() })
+    } else {
+        let truth =
+            case.run::<f64, f64>(None, true, |spec, input, output| reference::moe(spec, input, &weights, output));
+        let got = mixture_of(driver, case, None, true);
+        let route = got.route.as_ref().unwrap();
+        assert_route(&what, route, truth.route.as_ref().unwrap());
+        if exact {
+            let unasked = mixture_of(driver, case, None, false);
+            assert!(bits(&got.out) == bits(&unasked.out), "{what}: the routing was not asked for");
+        }
+        let chosen = Chosen::of(case, route);
+        (got, chosen)
+    };
+    let routing = Some(chosen.routing());
+    let truth =
+        case.run::<f64, f64>(routing, false, |spec, input, output| reference::moe(spec, input, &weights, output)).out;
+    let naive = naive_mixture::<T, T, Q, T>(case, &chosen, Store::Storage, Store::Storage);
+    // The outputs of a token share its inner values, so the luck of a few sums: more tokens where those are few.
+    let inner = spec.shared.map_or(usize::MAX, |s| s.ffn.intermediate_size);
+    let rows = 128usize.div_ceil(inner.min(spec.experts.ffn.intermediate_size));
+    assert_sums(&what, &got.out, &truth, &naive, width * rows);
+    if exact && n > 0 {
+        let replayed = mixture_of(driver, case, routing, false);
+        assert!(bits(&got.out) == bits(&replayed.out), "{what}: replayed");
+        let first = case.seed as usize % n;
+        let tokens = first..first + 1 + (case.seed >> 32) as usize % (n - first);
+        let part = case.part(tokens.clone());
+        let want = bits(&got.out[tokens.start * width..tokens.end * width]);
+        if given {
+            let alone = mixture_of(driver, &part, Some(part.experts.routing()), false);
+            assert!(bits(&alone.out) == want, "{what}: tokens {tokens:?} alone");
+        } else if !coupled(&spec.router) {
+            let alone = mixture_of(driver, &part, None, true);
+            assert!(bits(&alone.out) == want, "{what}: tokens {tokens:?} alone");
+        }
+    }
+}
+
+fn run_mixture<T: Element, Q: Element>(
+    (mut spec, mut options, mask): (Moe, ExpertOptions, bool),
+    given: bool,
+    exact: bool,
+    seed: u64,
+) {
+    (spec.experts, options) = aligned((spec.experts, options));
+    if let Some(shared) = &mut spec.shared {
+        shared.ffn.hidden_size = spec.experts.ffn.hidden_size;
+        shared.ffn.intermediate_size = shared.ffn.intermediate_size.next_multiple_of(8);
+    }
+    spec.router.jitter = None;
+    let given = given || RoutePlan::new(&Route::new(&spec.router, 1)).is_err(); // what routing does not have yet
+    let mut case = MoeCase::<T, T, Q>::new(&spec, options, seed);
+    if mask {
+        case = case.with_mask();
+    }
+    check_mixture(&Simulator::new(!exact), &case, given, exact);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(8))]
+    #[test]
+    fn mixtures_bf16(m in mixtures(16, 32, 16), given: bool, exact: bool, seed: u64) {
+        run_mixture::<bf16, bf16>(m, given, exact, seed);
+    }
+    #[test]
+    fn mixtures_f16(m in mixtures(12, 24, 32), given: bool, exact: bool, seed: u64) {
+        run_mixture::<f16, f16>(m, given, exact, seed);
+    }
+    #[test]
+    fn mixtures_f32(m in mixtures(12, 32, 16), given: bool, exact: bool, seed: u64) {
+        run_mixture::<f32, f32>(m, given, exact, seed);
+    }
+}
+
+/// 8 experts of a block of 40 x 24.
+fn small(top_k: usize) -> Moe {
+    Moe::new(Router::new(8, top_k), ExpertFfn::new(8, Ffn::gated(40, 24, Activation::Silu)))
+}
+
+fn with_shared(mut spec: Moe) -> Moe {
+    let mut shared = SharedExpert::new(Ffn::gated(40, 32, Activation::Silu));
+    shared.sigmoid_gate = true;
+    spec.shared = Some(shared);
+    spec
+}
+
+/// All tokens on one expert; every expert for every token; weights on the input and a scale; no tokens.
+#[test]
+fn extreme_mixtures() {
+    let mut one = small(1);
+    (one.router_bias, one.router.score) = (true, Score::Sigmoid);
+    let mut all = with_shared(small(8));
+    (all.router.renormalize, all.experts.weight_on, all.experts.combine_scale) =
+        (Renormalize::sum(), WeightOn::Input, 0.5);
+    on_devices(true, |driver| {
+        let mut case = MoeCase::<f32, f32, f32>::new(&one, options(70, 1), 3);
+        case.router_bias = Some((0..8).map(|e| if e == 5 { 1000.0 } else { 0.0 }).collect());
+        check_mixture(driver, &case, false, true);
+        for n in [0, 1, 13] {
+            check_mixture(driver, &MoeCase::<bf16, bf16, bf16>::new(&all, options(n, 8), 5), false, true);
+        }
+        let nobody = mixture_of(driver, &MoeCase::<bf16, bf16, bf16>::new(&all, options(0, 8), 1), None, true);
+        let route = nobody.route.unwrap();
+        assert_eq!((route.tokens_per_expert, route.dropped), (vec![0; 8], 0));
+    });
+}
+
+/// A masked token gets the shared expert alone, without one 0; NaN stays in its token, and its experts are distinct all the same.
+#[test]
+fn masks_and_nan() {
+    for shared in [true, false] {
+        let spec = if shared { with_shared(small(2)) } else { small(2) };
+        let mut case = MoeCase::<f32, f32, f32>::new(&spec, options(20, 2), 7);
+        case.token_mask = Some((0..20).map(|t| u8::from(t % 5 != 0)).collect());
+        let mut nan = case.clone();
+        nan.experts.hidden.set([7, 33], f32::NAN);
+        on_devices(true, |driver| {
+            let got = mixture_of(driver, &case, None, true);
+            let spread = mixture_of(driver, &nan, None, true);
+            let (ids, nan_ids) = (got.route.unwrap().ids, spread.route.unwrap().ids);
+            for t in 0..20 {
+                let of = t * 40..(t + 1) * 40;
+                if t % 5 == 0 {
+                    assert_eq!(ids[t * 2..][..2], [-1, -1]);
+                    assert!(shared || got.out[of.clone()].iter().all(|x| x.to_bits() == 0), "token {t}");
+                }
+                if t == 7 {
+                    assert!(spread.out[of].iter().all(|x| x.is_nan()), "token {t}");
+                    assert!(nan_ids[14] != nan_ids[15] && nan_ids[14..16].iter().all(|id| (0..8).contains(id)));
+                } else {
+                    assert_eq!(bits(&spread.out[of.clone()]), bits(&got.out[of]), "token {t}");
+                }
+            }
+        });
+    }
+}
+
+/// A recorded call (a CUDA graph) serves tokens that go to other experts: nothing about the routing is on the host.
+#[test]
+fn recorded_calls_take_any_routing() {
+    on_recorders(|device| {
+        check_recording::<bf16>(device, 1);
+        check_recording::<bf16>(device, 8);
+        check_recording::<f32>(device, 70);
+    });
+}
+
+fn check_recording<T: Element>(device: &dyn Recorder, num_tokens: usize) {
+    let driver: &dyn Driver = device;
+    let spec = with_shared(small(2));
+    let options = ExpertOptions { layout: Layout::Contiguous, ..options(num_tokens, 2) };
+    let [first, mut second] = [11, 12].map(|seed| MoeCase::<T, T, T>::new(&spec, options, seed));
+    // All tokens of the second call choose the same two experts.
+    let row: Vec<T> = second.experts.hidden.values()[..40].to_vec();
+    second = MoeCase {
+        experts: ExpertCase {
+            hidden: Array::new([num_tokens, 40], Layout::Contiguous, &row.repeat(num_tokens)),
+            ..first.experts.clone()
+        },
+        ..first.clone()
+    };
+    let want = [&first, &second].map(|case| mixture_of(driver, case, None, true));
+    let ids = |i: usize| want[i].route.as_ref().unwrap().ids.clone();
+    assert!(ids(0) != ids(1), "the calls route alike");
+
+    let copy = |view: &[T]| Buffer::from_slice(driver, view).unwrap();
+    let (gate_up, down) = (copy(&first.experts.gate_up[0].values()), copy(&first.experts.down.values()));
+    let shared = first.shared.as_ref().unwrap();
+    let (shared_gate_up, shared_down) = (copy(&shared.gate_up[0].values()), copy(&shared.down.values()));
+    let gate = copy(&first.shared_gate.as_ref().unwrap().values());
+    let router = copy(&first.router.values());
+    let hidden = copy(&first.experts.hidden.values());
+    let out = copy(&vec![T::default(); num_tokens * 40]);
+    let up_of = |both: &Buffer<'_>, inter: usize| both.ptr() + (inter * 40 * size_of::<T>()) as u64;
+
+    let mut problem = MoeProblem::new(&spec, T::DTYPE, num_tokens);
+    problem.experts = FfnStrides::halves(&spec.experts.ffn);
+    problem.shared = FfnStrides::halves(&spec.shared.unwrap().ffn);
+    let plan = MoePlan::new(&problem, &driver.limits()).unwrap();
+    let workspace = Buffer::new(driver, plan.workspace_bytes()).unwrap();
+    let experts = FfnArgs::new(gate_up.ptr(), up_of(&gate_up, 24), down.ptr());
+    let mut args = MoeArgs::new(hidden.ptr(), router.ptr(), experts, out.ptr(), workspace.ptr());
+    args.shared = Some(FfnArgs::new(shared_gate_up.ptr(), up_of(&shared_gate_up, 32), shared_down.ptr()));
+    args.shared_gate = Some(gate.ptr());
+    plan.warmup(driver).unwrap();
+    let stream = device.create_stream().unwrap();
+    // SAFETY: the buffers hold the arrays of the plan and outlive the recording; the stream is this test's own.
+    unsafe {
+        let recording = device.record(stream, &mut || plan.launch(driver, &args, stream)).unwrap();
+        for (case, want) in [&first, &second, &first].into_iter().zip([&want[0], &want[1], &want[0]]) {
+            driver.copy_to_device(hidden.ptr(), bytemuck::cast_slice(&case.experts.hidden.values())).unwrap();
+            device.replay(recording, stream).unwrap();
+            assert!(bits(&out.to_vec::<T>(stream).unwrap()) == bits(&want.out), "{num_tokens} tokens");
+        }
+        device.forget(recording).unwrap();
+        device.destroy_stream(stream).unwrap();
+    }
+}
