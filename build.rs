@@ -16,6 +16,7 @@ mod instances;
 use instances::{Instance, Value};
 
 const KERNELS: &str = "kernels";
+const SIMULATOR: &str = "tests/simt/Cargo.toml";
 
 /// Fields that every header has, in this order.
 const HEADER: [&str; 5] = ["Requires", "Launch", "Bound by", "Numerics", "Checked"];
@@ -23,6 +24,12 @@ const HEADER: [&str; 5] = ["Requires", "Launch", "Bound by", "Numerics", "Checke
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed={KERNELS}");
+    // Examples run in the simulator where the repository has it; the package does not.
+    println!("cargo::rustc-check-cfg=cfg(gatefold_simulator)");
+    if Path::new(SIMULATOR).exists() {
+        println!("cargo::rerun-if-changed={SIMULATOR}");
+        println!("cargo::rustc-cfg=gatefold_simulator");
+    }
     let out = env::var("OUT_DIR").expect("cargo sets OUT_DIR");
     let out = Path::new(&out);
     let templates = templates();

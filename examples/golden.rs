@@ -1,7 +1,7 @@
 //! Runs every file of a directory in the golden format through the public API.
 //!
 //! ```text
-//! cargo run --release --example golden -- DIR [--backend reference|cpu] [--level L] [--dtype f32|bf16|f16]
+//! cargo run --release --example golden -- DIR [--backend reference|cpu|cuda|sim] [--level L] [--dtype f32|bf16|f16]
 //! ```
 //!
 //! One line per file and section: `ok`, `FAIL` or `unsupported` with the reason, the level that was really used, the error
@@ -61,14 +61,30 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<bool, String> {
+    // Where a device is used, it lives as long as the run.
+    #[cfg(feature = "cuda")]
+    let device: gatefold::cuda::Device;
+    #[cfg(gatefold_simulator)]
+    let simulator = support::simulator::Simulator::new(true);
     let runner = match options.backend {
         BackendName::Reference => Runner::Reference,
         BackendName::Cpu => Runner::Cpu(match &options.level {
             Some(name) => Level::by_name(name).map_err(|e| e.to_string())?,
             None => Level::detect().map_err(|e| e.to_string())?,
         }),
-        BackendName::Cuda => return Err("unsupported: the CUDA backend does not have these functions yet".into()),
-        BackendName::Sim => return Err("unsupported: the simulator does not run these functions yet".into()),
+        #[cfg(feature = "cuda")]
+        BackendName::Cuda => {
+            device = gatefold::cuda::Device::open(0).map_err(|e| e.to_string())?;
+            Runner::Device(&device, "cuda")
+        }
+        #[cfg(not(feature = "cuda"))]
+        BackendName::Cuda => return Err("unsupported: this build has no feature cuda".into()),
+        #[cfg(gatefold_simulator)]
+        BackendName::Sim => Runner::Device(&simulator, "simulator"),
+        #[cfg(not(gatefold_simulator))]
+        BackendName::Sim => {
+            return Err("unsupported: the simulator is part of the repository, not of the package".into());
+        }
     };
     let dtype = match options.dtype {
         DtypeName::F32 => Dtype::F32,

@@ -24,7 +24,7 @@ fn golden() -> PathBuf {
 }
 
 /// Every section of every file; gives the number of sections that are right.
-fn check(files: &[PathBuf], runner: Runner, dtype: Dtype) -> usize {
+fn check(files: &[PathBuf], runner: Runner<'_>, dtype: Dtype) -> usize {
     let (mut ok, mut failures) = (0, Vec::new());
     for path in files {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();

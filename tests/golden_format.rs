@@ -84,7 +84,7 @@ fn run(file: &[u8], section: &str, narrow: bool) -> Result<(), TestCaseError> {
     for runner in [Runner::Reference, Runner::Cpu(Level::best())] {
         for line in case.run(section, runner, Dtype::F32) {
             let good = matches!(line.outcome, Outcome::Ok { .. });
-            prop_assert!(good, "{:?} {:?}", runner, line);
+            prop_assert!(good, "{:?}", line);
         }
     }
     // In bf16 the reference on the rounded inputs is the truth. A row of a few numbers says nothing there: the naive method,

@@ -7,6 +7,7 @@ use super::array::{Array, cast, swap_middle};
 use super::backend::{Backend, FfnArrays, MoeArrays, Reference};
 use super::checkpoint::MAX_POSITIONS;
 use super::cpu::CpuBackend;
+use super::device::DeviceBackend;
 use super::layer::{AttentionWeights, Cache, LayerWeights, NormWeights, Options, PackedLayer, Projection, Rows, run};
 use super::measure::{Contract, relative_error};
 use super::naive::Naive;
@@ -16,6 +17,7 @@ use gatefold::args::{
     AttentionInput, AttentionOutput, Kv, MoeInput, MoeOutput, RouteInput, RouteOutput, Routing, WkvInput, WkvOutput,
 };
 use gatefold::cpu::{Cpu, Float};
+use gatefold::cuda::driver::Driver;
 use gatefold::spec::*;
 use gatefold::{Dtype, Element, View};
 use half::{bf16, f16};
@@ -23,10 +25,12 @@ use serde_json::Value;
 use std::path::Path;
 
 /// What runs the files.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Runner {
+#[derive(Clone, Copy)]
+pub enum Runner<'a> {
     Reference,
     Cpu(gatefold::cpu::Level),
+    /// A device by its name.
+    Device(&'a dyn Driver, &'static str),
 }
 
 /// How a section went.
@@ -188,7 +192,7 @@ impl Case {
     }
 
     /// Runs one section.
-    pub fn run(&self, section: &str, runner: Runner, dtype: Dtype) -> Vec<Line> {
+    pub fn run(&self, section: &str, runner: Runner<'_>, dtype: Dtype) -> Vec<Line> {
         let (used, result) = match runner {
             Runner::Reference => {
                 let result = match dtype {
@@ -208,6 +212,15 @@ impl Case {
                     other => Err(Stop::Unsupported(format!("element type {other}"))),
                 };
                 (format!("cpu {}", level.name()), result)
+            }
+            Runner::Device(driver, name) => {
+                let result = match dtype {
+                    Dtype::F32 => self.against_file(section, &mut DeviceBackend::<f32>::new(driver, name), "f32"),
+                    Dtype::BF16 => self.against_reference(section, &mut DeviceBackend::<bf16>::new(driver, name)),
+                    Dtype::F16 => self.against_reference(section, &mut DeviceBackend::<f16>::new(driver, name)),
+                    other => Err(Stop::Unsupported(format!("element type {other}"))),
+                };
+                (name.into(), result)
             }
         };
         let line = |section: &str, outcome| Line { section: section.into(), used: used.clone(), outcome };

@@ -10,13 +10,25 @@ pub mod array;
 pub mod backend;
 pub mod checkpoint;
 pub mod cpu;
+pub mod device;
 pub mod golden;
 pub mod layer;
 pub mod measure;
 pub mod naive;
 pub mod random;
 pub mod roof;
+/// The simulator that the tests use: in the repository, not in the package.
+#[cfg(gatefold_simulator)]
+#[path = "../../tests/common/simulator.rs"]
+pub mod simulator;
+pub mod staged;
 pub mod stored;
 pub mod tensors;
 pub mod textbook;
 pub mod verify;
+
+/// Of the simulator: the order in which it runs warps.
+#[cfg(gatefold_simulator)]
+fn seed() -> u64 {
+    1
+}
