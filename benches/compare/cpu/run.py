@@ -239,7 +239,7 @@ def table(report):
     lines = [
         f"# CPU, {report['machine']}, {report['date']}",
         "",
-        f"{report['cpu']}, {report['threads']} threads, level `{report['level']}`. Limits measured by the same run: "
+        f"{report['cpu']}, {report['threads']} threads, level `{report['level']}`. Limits, the best that any step of the run measured: "
         f"{limits['f32_gflop_s']:.0f} GFLOP/s (f32), {limits['bf16_gflop_s']:.0f} GFLOP/s (bf16 pairs), "
         f"{limits['memory_gb_s']:.1f} GB/s from memory, {limits['l3_gb_s']:.0f} from the third-level cache.",
         f"{', '.join(f'{name} {version}' for name, version in report['versions'].items())}.",
@@ -348,7 +348,7 @@ def main():
         program.close()
     limits = {name: max(value, after[name]) for name, value in limits.items()}
     commands = [shlex.join(["python", "benches/compare/cpu/run.py", *sys.argv[1:]])]
-    threads = "" if options.threads == len(os.sched_getaffinity(0)) else f"-{options.threads}-threads"
+    threads = "" if options.threads == len(os.sched_getaffinity(0)) else f"-{options.threads}-thread{'s'[:options.threads - 1]}"
     stem = f"{options.results}/cpu-{options.machine}-{datetime.date.today().isoformat()}{threads}"
     if options.add and Path(f"{stem}.json").exists():
         before = json.loads(Path(f"{stem}.json").read_text())
