@@ -3,8 +3,8 @@
 //! Nothing is needed to build it, and a machine without a driver or a GPU gets [`Error::NoDevice`](crate::Error::NoDevice)
 //! instead of a panic. Three layers:
 //!
-//! 1. A **plan** ([`RmsNormPlan`], [`SiluMulPlan`]): from shapes, element type and strides to kernel and grid. Pure data,
-//!    made and tested without a GPU; all errors of shape are found here.
+//! 1. A **plan** ([`NormPlan`], [`ElementwisePlan`], ...): from shapes, element type and strides to kernel and grid.
+//!    Pure data, made and tested without a GPU; all errors of shape are found here.
 //! 2. Its **launch**: `unsafe`, on device pointers as `u64` and any stream of any library. Does not allocate, copy or
 //!    wait, so it can be captured into a graph once `warmup` has loaded the kernels.
 //! 3. **Safe calls** on borrowed device memory ([`DeviceView`]), with the names and arguments of [`cpu`](crate::cpu), after a
@@ -18,6 +18,7 @@ mod combine;
 mod device;
 #[doc(hidden)]
 pub mod driver;
+mod elementwise;
 mod expert_ffn;
 mod ffn;
 mod group_tokens;
@@ -29,10 +30,10 @@ mod lent;
 mod linear;
 mod memory;
 mod moe;
-mod rms_norm;
+mod norm;
+mod qkv;
 mod route;
 mod rows;
-mod silu_mul;
 #[cfg(feature = "cuda")]
 mod sys;
 
@@ -44,6 +45,7 @@ pub use combine::{Combine, CombineArgs, CombinePlan, CombineSharedArgs};
 #[cfg(feature = "cuda")]
 pub use device::Device;
 pub use driver::Stream;
+pub use elementwise::{ElementwiseArgs, ElementwiseOp, ElementwisePlan, ElementwiseProblem, add, sigmoid_mul};
 pub use expert_ffn::{ExpertFfnArgs, ExpertFfnPlan, ExpertFfnProblem, Routing, expert_ffn};
 pub use ffn::{ExpertWeights, FfnArgs, FfnStrides, FfnWeights, MlpArgs, MlpPlan, MlpProblem, mlp};
 pub use group_tokens::{
@@ -55,6 +57,9 @@ pub use lent::{Lent, LentMut};
 pub use linear::{linear, linear_heads};
 pub use memory::{DeviceView, DeviceViewMut, Queue};
 pub use moe::{MoeArgs, MoeInput, MoeOutput, MoePlan, MoeProblem, MoeRouting, MoeWeights, moe};
-pub use rms_norm::{ResidualArgs, RmsNorm, RmsNormArgs, RmsNormPlan};
+pub use norm::{NormArgs, NormPlan, NormProblem, ResidualArgs, norm};
+pub use qkv::{
+    KvCache, KvCacheMut, KvRows, QkvArgs, QkvArrays, QkvCache, QkvInput, QkvOutput, QkvPlan, QkvProblem, RopeTable,
+    kv_append, prepare_qkv, prepare_qkv_append, rope,
+};
 pub use route::{Route, RouteArgs, RouteInput, RouteOutput, RoutePlan, route};
-pub use silu_mul::{SiluMul, SiluMulArgs, SiluMulPlan};

@@ -10,7 +10,10 @@ use std::process::Command;
 
 use gatefold::cuda::driver::{Buffer, Driver, Launch, Recorder};
 use gatefold::cuda::kernels::{self, Kernel};
-use gatefold::cuda::{Device, Queue, RmsNorm, RmsNormArgs, RmsNormPlan, SiluMul, SiluMulArgs, SiluMulPlan, Stream};
+use gatefold::cuda::{
+    Device, ElementwiseArgs, ElementwiseOp, ElementwisePlan, ElementwiseProblem, NormArgs, NormPlan, NormProblem,
+    Queue, Stream,
+};
 use gatefold::spec::Norm;
 use gatefold::{Dtype, Error};
 
@@ -200,8 +203,8 @@ fn this_machine() {
 fn shared_between_threads() {
     fn check<T: Send + Sync>() {}
     check::<Device>();
-    check::<SiluMulPlan>();
-    check::<gatefold::cuda::RmsNormPlan>();
+    check::<ElementwisePlan>();
+    check::<gatefold::cuda::NormPlan>();
     check::<Stream>();
     check::<Queue<'_>>();
     check::<gatefold::cuda::DeviceView<'_, f32, 2>>();
@@ -286,12 +289,12 @@ fn launch() {
     unsafe { library.get::<unsafe extern "C" fn()>(c"fake_foreign_context".to_bytes_with_nul()).unwrap()() };
     assert_eq!(state(&library), [0, 0, 1, 0, 1]);
 
-    let plan = SiluMulPlan::new(&SiluMul::new(Dtype::F32, 3, 1024)).unwrap();
+    let plan = ElementwisePlan::new(&ElementwiseProblem::new(ElementwiseOp::SiluMul, Dtype::F32, 3, 1024)).unwrap();
     let memory = Buffer::from_slice(&device, &[0_f32; 3 * 3 * 1024]).unwrap();
     let part = |i: u64| memory.ptr() + i * 3 * 1024 * 4;
     plan.warmup(&device).unwrap();
     let record = |stream: Stream| memory.to_vec::<u32>(stream).unwrap()[2 * 3 * 1024..][..14].to_vec();
-    let args = SiluMulArgs::new(part(0), part(1), part(2));
+    let args = ElementwiseArgs::new(part(0), part(1), part(2));
     // SAFETY: `memory` holds three matrices of the plan's shape.
     unsafe { plan.launch(&device, &args, Stream::from_raw(2)).unwrap() };
     let words = record(Stream::from_raw(2));
@@ -299,14 +302,16 @@ fn launch() {
 
     // Attributes
     let kernel = kernels::ALL.iter().find(|kernel| kernel.entry == plan.kernel()).unwrap();
-    let params = kernels::silu_mul::Params {
-        gate_ptr: part(1),
-        up_ptr: part(0),
+    let params = kernels::elementwise::Params {
+        x_ptr: part(1),
+        y_ptr: part(0),
         out_ptr: part(2),
-        gate_stride_bytes: 0,
-        up_stride_bytes: 0,
+        x_stride_bytes: 0,
+        y_stride_bytes: 0,
         out_stride_bytes: 0,
-        intermediate_size: 7,
+        width: 7,
+        op: 2,
+        multiplier: 0.0,
     };
     let mut cluster = Launch::grid([4, 6, 1]);
     cluster.cluster = [2, 3, 1];
@@ -327,8 +332,8 @@ fn launch() {
         format!("`grid of {entry}` is [1, 65536, 1], expected 1 to [2147483647, 65535, 65535] blocks")
     );
     assert_eq!(
-        refused(&Launch::grid([1, 1, 1]), &[0; 51]),
-        format!("`parameters of {entry}` is 51 bytes, expected 52 bytes")
+        refused(&Launch::grid([1, 1, 1]), &[0; 59]),
+        format!("`parameters of {entry}` is 59 bytes, expected 60 bytes")
     );
     cluster.grid = [4, 5, 1];
     assert_eq!(
@@ -348,7 +353,7 @@ fn launch() {
             scope.spawn(|| {
                 let out = Buffer::new(&device, 3 * 1024 * 4).unwrap();
                 for _ in 0..100 {
-                    let args = SiluMulArgs::new(part(0), part(1), out.ptr());
+                    let args = ElementwiseArgs::new(part(0), part(1), out.ptr());
                     // SAFETY: `out` is this thread's own, with the plan's shape.
                     unsafe { plan.launch(&device, &args, Stream::LEGACY).unwrap() };
                 }
@@ -368,12 +373,12 @@ fn launch_does_not_allocate() {
     let device = Device::open_with(&path, 0).unwrap();
     let memory = Buffer::from_slice(&device, &[0_f32; 5 * 64]).unwrap();
     let part = |i: u64| memory.ptr() + i * 64 * 4;
-    let silu = SiluMulPlan::new(&SiluMul::new(Dtype::F32, 1, 64)).unwrap();
-    let norm = RmsNormPlan::new(&RmsNorm::new(Norm::rms(1e-6), Dtype::F32, 1, 64)).unwrap();
+    let silu = ElementwisePlan::new(&ElementwiseProblem::new(ElementwiseOp::SiluMul, Dtype::F32, 1, 64)).unwrap();
+    let norm = NormPlan::new(&NormProblem::new(Norm::rms(1e-6), Dtype::F32, 1, 64)).unwrap();
     silu.warmup(&device).unwrap();
     norm.warmup(&device).unwrap();
-    let silu_args = SiluMulArgs::new(part(0), part(1), part(2));
-    let norm_args = RmsNormArgs::new(part(0), part(1)).with_weight(part(2)).with_residual(part(3), part(4));
+    let silu_args = ElementwiseArgs::new(part(0), part(1), part(2));
+    let norm_args = NormArgs::new(part(0), part(1)).with_weight(part(2)).with_residual(part(3), part(4));
     // SAFETY: loading the fake driver again runs nothing.
     let library = unsafe { libloading::Library::new(&path).unwrap() };
     let alive = state(&library);
@@ -608,16 +613,16 @@ fn arrays_of_cudarc() {
 fn bad_pointers() {
     let Some(path) = driver("pointers", &[]) else { return };
     let device = Device::open_with(&path, 0).unwrap();
-    let plan = SiluMulPlan::new(&SiluMul::new(Dtype::BF16, 2, 16)).unwrap();
+    let plan = ElementwisePlan::new(&ElementwiseProblem::new(ElementwiseOp::SiluMul, Dtype::BF16, 2, 16)).unwrap();
     let message = |gate, up, out| {
         // SAFETY: refused before anything is launched.
-        unsafe { plan.launch(&device, &SiluMulArgs::new(gate, up, out), Stream::LEGACY) }.unwrap_err().to_string()
+        unsafe { plan.launch(&device, &ElementwiseArgs::new(gate, up, out), Stream::LEGACY) }.unwrap_err().to_string()
     };
     assert_eq!(message(0, 0x1000, 0x2000), "`gate` is 0x0, expected a device pointer that is a multiple of 2");
     assert_eq!(message(0x1000, 0x2001, 0x3000), "`up` is 0x2001, expected a device pointer that is a multiple of 2");
     assert_eq!(message(0x1000, 0x2000, 0x2010), "`out` overlaps `up`, expected separate memory");
     // No tokens: nothing to check, nothing to launch.
-    let none = SiluMulPlan::new(&SiluMul::new(Dtype::BF16, 0, 16)).unwrap();
+    let none = ElementwisePlan::new(&ElementwiseProblem::new(ElementwiseOp::SiluMul, Dtype::BF16, 0, 16)).unwrap();
     // SAFETY: nothing is launched.
-    unsafe { none.launch(&device, &SiluMulArgs::new(0, 0, 0), Stream::LEGACY).unwrap() };
+    unsafe { none.launch(&device, &ElementwiseArgs::new(0, 0, 0), Stream::LEGACY).unwrap() };
 }

@@ -31,5 +31,5 @@ fn send_and_sync() {
 #[cfg(feature = "cuda")]
 fn send_and_sync_cuda() {
     both::<gatefold::cuda::Device>();
-    both::<(gatefold::cuda::RmsNormPlan, gatefold::cuda::SiluMulPlan)>();
+    both::<(gatefold::cuda::NormPlan, gatefold::cuda::ElementwisePlan)>();
 }

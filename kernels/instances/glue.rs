@@ -11,7 +11,7 @@ pub fn add(table: &mut Vec<Instance>) {
             for (aligned, suffix) in ALIGNMENTS {
                 let types = if weight == dtype { dtype.to_string() } else { format!("{dtype}_{weight}") };
                 table.push(Instance {
-                    template: "rms_norm",
+                    template: "norm",
                     variant: format!("{types}{suffix}"),
                     version: "7.0",
                     target: "sm_80",
@@ -30,7 +30,7 @@ pub fn add(table: &mut Vec<Instance>) {
     for (dtype, vec) in DTYPES {
         for (aligned, suffix) in ALIGNMENTS {
             table.push(Instance {
-                template: "silu_mul",
+                template: "elementwise",
                 variant: format!("{dtype}{suffix}"),
                 version: "7.0",
                 target: "sm_80",
@@ -40,6 +40,22 @@ pub fn add(table: &mut Vec<Instance>) {
                     ("VEC", Int(vec)),
                     ("THREADS", Int(128)),
                     ("COLS_PER_CTA", Int(128 * vec)),
+                ],
+            });
+        }
+    }
+    for (dtype, vec) in DTYPES {
+        for (aligned, suffix) in ALIGNMENTS {
+            table.push(Instance {
+                template: "qkv",
+                variant: format!("{dtype}{suffix}"),
+                version: "7.0",
+                target: "sm_80",
+                values: vec![
+                    ("DTYPE", Dtype(dtype)),
+                    ("ALIGNED", Flag(aligned)),
+                    ("VEC", Int(vec)),
+                    ("THREADS", Int(128)),
                 ],
             });
         }

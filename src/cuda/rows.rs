@@ -1,5 +1,7 @@
 //! Rows of a matrix in device memory: the checks that need addresses, made before a launch.
 
+use crate::cuda::driver::Driver;
+use crate::cuda::kernels::Kernel;
 use crate::element::Dtype;
 use crate::error::{Error, Result};
 
@@ -57,6 +59,36 @@ pub(super) fn check_output_stride(name: &str, num_rows: usize, width: usize, str
 /// Whether widths and strides let every row begin at a multiple of 16 bytes, if the first does.
 pub(super) fn strides_aligned(row_bytes: u64, strides: &[u64]) -> bool {
     row_bytes.is_multiple_of(VECTOR_BYTES) && strides.iter().all(|stride| stride.is_multiple_of(VECTOR_BYTES))
+}
+
+/// A kernel that moves 16 bytes at once, and its twin that takes any rows: the same bits.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Twins {
+    /// `None` where widths and strides rule it out.
+    aligned: Option<&'static Kernel>,
+    unaligned: &'static Kernel,
+}
+
+impl Twins {
+    /// Both, or only the second if rows cannot all begin at multiples of 16 bytes.
+    pub(super) fn new(can_align: bool, aligned: &'static Kernel, unaligned: &'static Kernel) -> Self {
+        Twins { aligned: can_align.then_some(aligned), unaligned }
+    }
+
+    /// Name of the kernel that runs when all pointers are multiples of 16.
+    pub(super) fn name(&self) -> &'static str {
+        self.aligned.unwrap_or(self.unaligned).entry
+    }
+
+    /// Loads both.
+    pub(super) fn warmup(&self, driver: &dyn Driver) -> Result<()> {
+        self.aligned.iter().chain([&self.unaligned]).try_for_each(|kernel| driver.load(kernel))
+    }
+
+    /// The one for these pointers.
+    pub(super) fn pick(&self, pointers_aligned: bool) -> &'static Kernel {
+        self.aligned.filter(|_| pointers_aligned).unwrap_or(self.unaligned)
+    }
 }
 
 impl Rows {

@@ -3,7 +3,9 @@
 use crate::common::{assert_rows, naive};
 use crate::on_devices;
 use gatefold::cuda::driver::{Buffer, Driver};
-use gatefold::cuda::{RmsNorm, RmsNormArgs, RmsNormPlan, SiluMul, SiluMulArgs, SiluMulPlan, Stream};
+use gatefold::cuda::{
+    ElementwiseArgs, ElementwiseOp, ElementwisePlan, ElementwiseProblem, NormArgs, NormPlan, NormProblem, Stream,
+};
 use gatefold::random::uniform;
 use gatefold::spec::Norm;
 use gatefold::{Element, View, ViewMut, reference};
@@ -116,14 +118,14 @@ fn run_norm<T: Element, W: Element>(
     residual: &[T],
 ) -> (Vec<T>, Option<Vec<T>>) {
     let Layout { num_rows, width, stride, lead } = case.layout;
-    let mut problem = RmsNorm::new(case.norm, T::DTYPE, num_rows, width);
+    let mut problem = NormProblem::new(case.norm, T::DTYPE, num_rows, width);
     problem.weight_dtype = W::DTYPE;
     problem.residual_multiplier = case.residual.unwrap_or(1.0);
-    problem.x_stride = stride;
+    problem.x_strides[2] = stride;
     problem.residual_stride = stride;
     problem.residual_out_stride = stride;
-    problem.out_stride = stride;
-    let plan = RmsNormPlan::new(&problem).unwrap();
+    problem.out_strides[2] = stride;
+    let plan = NormPlan::new(&problem).unwrap();
     assert_eq!(plan.workspace_bytes(), 0);
     plan.warmup(driver).unwrap();
 
@@ -134,7 +136,7 @@ fn run_norm<T: Element, W: Element>(
     let out = Matrix::new(driver, case.layout, &blank);
     let sum = Matrix::new(driver, case.layout, &blank);
     let (out, sum) = if case.in_place { (&x, &residual) } else { (&out, &sum) };
-    let mut args = RmsNormArgs::new(x.ptr, out.ptr);
+    let mut args = NormArgs::new(x.ptr, out.ptr);
     if case.weight {
         args = args.with_weight(weight.ptr);
     }
@@ -257,11 +259,11 @@ fn rms_norm_bits() {
 /// `out` from the device. In place, `out` is `gate`; as halves, `gate` and `up` are the columns of one matrix.
 fn run_silu<T: Element>(driver: &dyn Driver, layout: Layout, in_place: bool, gate: &[T], up: &[T]) -> Vec<T> {
     let Layout { num_rows, width, stride, .. } = layout;
-    let mut problem = SiluMul::new(T::DTYPE, num_rows, width);
-    problem.gate_stride = stride;
-    problem.up_stride = stride;
+    let mut problem = ElementwiseProblem::new(ElementwiseOp::SiluMul, T::DTYPE, num_rows, width);
+    problem.x_stride = stride;
+    problem.y_stride = stride;
     problem.out_stride = stride;
-    let plan = SiluMulPlan::new(&problem).unwrap();
+    let plan = ElementwisePlan::new(&problem).unwrap();
     assert_eq!(plan.workspace_bytes(), 0);
     plan.warmup(driver).unwrap();
     let gate = Matrix::new(driver, layout, gate);
@@ -269,7 +271,7 @@ fn run_silu<T: Element>(driver: &dyn Driver, layout: Layout, in_place: bool, gat
     let out = Matrix::new(driver, layout, &vec![T::from_f32(0.0); num_rows * width]);
     let out = if in_place { &gate } else { &out };
     // SAFETY: all matrices have the plan's shape and strides and outlive the read below, which waits.
-    unsafe { plan.launch(driver, &SiluMulArgs::new(gate.ptr, up.ptr, out.ptr), Stream::LEGACY).unwrap() };
+    unsafe { plan.launch(driver, &ElementwiseArgs::new(gate.ptr, up.ptr, out.ptr), Stream::LEGACY).unwrap() };
     out.rows()
 }
 
@@ -326,15 +328,15 @@ fn check_silu_bits<T: Element>(driver: &dyn Driver) {
     let alone = run_silu(driver, Layout::new(1, width), true, &gate[width..2 * width], &up[width..2 * width]);
     assert_eq!(bits(&alone), bits(&out[width..2 * width]), "{}", T::DTYPE);
 
-    let mut problem = SiluMul::new(T::DTYPE, 3, width);
-    problem.gate_stride = 2 * width;
-    problem.up_stride = 2 * width;
+    let mut problem = ElementwiseProblem::new(ElementwiseOp::SiluMul, T::DTYPE, 3, width);
+    problem.x_stride = 2 * width;
+    problem.y_stride = 2 * width;
     problem.out_stride = 2 * width;
     let memory = Matrix::new(driver, Layout::new(3, 2 * width), &both);
     let half = memory.ptr + (width * size_of::<T>()) as u64;
-    let args = SiluMulArgs::new(memory.ptr, half, memory.ptr);
+    let args = ElementwiseArgs::new(memory.ptr, half, memory.ptr);
     // SAFETY: `memory` holds both halves and outlives the read below, which waits.
-    unsafe { SiluMulPlan::new(&problem).unwrap().launch(driver, &args, Stream::LEGACY).unwrap() };
+    unsafe { ElementwisePlan::new(&problem).unwrap().launch(driver, &args, Stream::LEGACY).unwrap() };
     for (i, row) in memory.rows::<T>().chunks_exact(2 * width).enumerate() {
         assert_eq!(bits(&row[..width]), bits(&out[i * width..(i + 1) * width]), "{}", T::DTYPE);
         assert_eq!(bits(&row[width..]), bits(&up[i * width..(i + 1) * width]), "{}", T::DTYPE);
@@ -377,24 +379,24 @@ fn check_far_rows(driver: &dyn Driver) {
 
     write();
     let up_near = Matrix::new(driver, Layout::new(2, width), &up);
-    let mut problem = SiluMul::new(bf16::DTYPE, 2, width);
-    problem.gate_stride = stride;
+    let mut problem = ElementwiseProblem::new(ElementwiseOp::SiluMul, bf16::DTYPE, 2, width);
+    problem.x_stride = stride;
     problem.out_stride = stride;
-    let args = SiluMulArgs::new(far.ptr(), up_near.ptr, far.ptr());
+    let args = ElementwiseArgs::new(far.ptr(), up_near.ptr, far.ptr());
     // SAFETY: `far` holds two rows `stride` apart, `up_near` two contiguous ones.
-    unsafe { SiluMulPlan::new(&problem).unwrap().launch(driver, &args, Stream::LEGACY).unwrap() };
+    unsafe { ElementwisePlan::new(&problem).unwrap().launch(driver, &args, Stream::LEGACY).unwrap() };
     let found = read();
     assert_eq!(bits(&found), bits(&run_silu(driver, Layout::new(2, width), false, &rows, &up)));
 
     write();
     let norm = Norm::rms(1e-6);
-    let mut problem = RmsNorm::new(norm, bf16::DTYPE, 2, width);
-    problem.x_stride = stride;
-    problem.out_stride = stride;
+    let mut problem = NormProblem::new(norm, bf16::DTYPE, 2, width);
+    problem.x_strides[2] = stride;
+    problem.out_strides[2] = stride;
     // SAFETY: `far` holds two rows `stride` apart.
     unsafe {
-        let plan = RmsNormPlan::new(&problem).unwrap();
-        plan.launch(driver, &RmsNormArgs::new(far.ptr(), far.ptr()), Stream::LEGACY).unwrap();
+        let plan = NormPlan::new(&problem).unwrap();
+        plan.launch(driver, &NormArgs::new(far.ptr(), far.ptr()), Stream::LEGACY).unwrap();
     }
     let found = read();
     let near = NormCase { weight: false, ..NormCase::new(Layout::new(2, width)) };
