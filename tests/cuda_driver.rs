@@ -403,19 +403,19 @@ fn handles(library: &libloading::Library) -> i32 {
 /// One row of three of which a launch writes the third: how often and on which stream it ran.
 struct Row<'a> {
     memory: Buffer<'a>,
-    plan: SiluMulPlan,
+    plan: ElementwisePlan,
 }
 
 impl<'a> Row<'a> {
     fn new(device: &'a dyn Driver) -> Self {
-        let plan = SiluMulPlan::new(&SiluMul::new(Dtype::F32, 1, 64)).unwrap();
+        let plan = ElementwisePlan::new(&ElementwiseProblem::new(ElementwiseOp::SiluMul, Dtype::F32, 1, 64)).unwrap();
         Row { memory: Buffer::from_slice(device, &[0_f32; 3 * 64]).unwrap(), plan }
     }
 
     fn launch(&self, device: &dyn Driver, stream: Stream) -> gatefold::Result<()> {
         let part = |i: u64| self.memory.ptr() + i * 64 * 4;
         // SAFETY: `memory` holds three rows of the plan's shape.
-        unsafe { self.plan.launch(device, &SiluMulArgs::new(part(0), part(1), part(2)), stream) }
+        unsafe { self.plan.launch(device, &ElementwiseArgs::new(part(0), part(1), part(2)), stream) }
     }
 
     /// The stream of the last launch; 0 before the first, as for the default stream.
@@ -523,7 +523,7 @@ fn any_drop_order() {
     let Some(path) = driver("drops", &[]) else { return };
     // SAFETY: loading the fake driver again runs nothing.
     let library = unsafe { libloading::Library::new(&path).unwrap() };
-    let plan = SiluMulPlan::new(&SiluMul::new(Dtype::F32, 1, 64)).unwrap();
+    let plan = ElementwisePlan::new(&ElementwiseProblem::new(ElementwiseOp::SiluMul, Dtype::F32, 1, 64)).unwrap();
     let (first, second) = (Device::open_with(&path, 0).unwrap(), Device::open_with(&path, 0).unwrap());
     plan.warmup(&first).unwrap();
     plan.warmup(&second).unwrap();
@@ -589,13 +589,13 @@ fn arrays_of_cudarc() {
     let x = first.clone_htod(&[1.0_f32; 64]).unwrap();
     let mut y = first.alloc_zeros::<f32>(64).unwrap();
     let queue = Queue::on_cudarc(&device, &second).unwrap();
-    let plan = SiluMulPlan::new(&SiluMul::new(Dtype::F32, 1, 64)).unwrap();
+    let plan = ElementwisePlan::new(&ElementwiseProblem::new(ElementwiseOp::SiluMul, Dtype::F32, 1, 64)).unwrap();
     let before = order().len();
     {
         let (x, mut y) = (Lent::new(&x, &second).unwrap(), LentMut::new(&mut y, &second).unwrap());
         let (gate, out) = (x.view([1, 64]), y.view([1, 64]));
         assert_eq!((gate.len(), gate.shape(), out.strides()), (64, [1, 64], [64, 1]));
-        let args = SiluMulArgs::new(gate.ptr(), gate.ptr(), out.ptr());
+        let args = ElementwiseArgs::new(gate.ptr(), gate.ptr(), out.ptr());
         // SAFETY: both arrays hold a row of the plan's shape.
         unsafe { plan.launch(queue.driver(), &args, queue.stream()).unwrap() };
     }

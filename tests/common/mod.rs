@@ -26,6 +26,8 @@ macro_rules! with {
 pub mod attention_case;
 pub mod buffer;
 pub mod data;
+pub mod glue_case;
+pub mod linear_case;
 pub mod mixture_case;
 pub mod mixtures;
 pub mod moe_case;

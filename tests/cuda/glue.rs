@@ -1,14 +1,18 @@
 //! Norms, products and what else stands around attention and experts.
 
-use crate::common::{assert_rows, naive};
-use crate::on_devices;
+use crate::common::glue_case::{AppendCase, NormCase as AnyNormCase, PairCase, QkvCase, RopeCase, WIDTHS};
+use crate::common::pairs::pairwise;
+use crate::common::simulator::Simulator;
+use crate::common::{Array, Layout as Strides, Output, Rng, assert_rows, naive, seed};
+use crate::{on_devices, staged, with_type};
+use gatefold::args::{KvCache, KvCacheMut};
 use gatefold::cuda::driver::{Buffer, Driver};
 use gatefold::cuda::{
     ElementwiseArgs, ElementwiseOp, ElementwisePlan, ElementwiseProblem, NormArgs, NormPlan, NormProblem, Stream,
 };
 use gatefold::random::uniform;
-use gatefold::spec::Norm;
-use gatefold::{Element, View, ViewMut, reference};
+use gatefold::spec::{Norm, NormKind, QTemperature, QkNorm, QkvPrep, Rope, RopeStyle};
+use gatefold::{Dtype, Element, View, ViewMut, reference};
 use half::{bf16, f16};
 
 // --- matrices ---------------------------------------------------------------------------------------------------------
@@ -407,5 +411,359 @@ fn check_far_rows(driver: &dyn Driver) {
 fn far_rows() {
     on_devices(true, |driver| {
         check_far_rows(driver);
+    });
+}
+
+// --- the cases of every backend ---------------------------------------------------------------------------------------
+
+const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::BF16, Dtype::F16];
+const STYLES: [RopeStyle; 3] = [RopeStyle::Half, RopeStyle::Interleaved, RopeStyle::InterleavedToHalf];
+
+/// Runs a check in the simulator, with and without errors of approximate instructions, and on a GPU where there is one. Seeds
+/// differ from call to call.
+fn with_seeds(count: usize, check: impl Fn(&dyn Driver, &mut Rng)) {
+    let seed = seed();
+    for exact in [false, true] {
+        on_devices(exact, |driver| {
+            let mut rng = Rng::new(seed ^ u64::from(exact));
+            (0..count).for_each(|_| check(driver, &mut rng));
+        });
+    }
+}
+
+fn check_any_norm<T: Element>(
+    driver: &dyn Driver,
+    spec: &Norm,
+    shape: [usize; 3],
+    layout: Strides,
+    weighted: bool,
+    seed: u64,
+) {
+    let case = AnyNormCase::<T>::new(spec, shape, layout, weighted, seed);
+    let (truth, naive) = case.expected::<T>();
+    let norm = |case: &AnyNormCase<T>| case.run(|s, x, w, b, out| staged::norm(driver, s, x, w, b, out));
+    let got = norm(&case);
+    let what = format!("{} {spec:?} of {shape:?}, {layout:?}, weight {weighted}, seed {seed}", T::DTYPE);
+    assert_rows(&what, &got, &truth, &naive, shape[2]);
+    if shape[0] > 0 {
+        let last = shape[0] - 1;
+        let alone = norm(&case.alone(last));
+        assert_eq!(bits(&alone), bits(&got[last * shape[1] * shape[2]..]), "alone, {what}");
+    }
+}
+
+#[test]
+fn norms() {
+    with_seeds(60, |driver, rng| {
+        let mut spec = Norm::rms(*rng.pick(&[1e-6, 1e-3]));
+        spec.kind = *rng.pick(&[NormKind::Rms, NormKind::Layer]);
+        spec.weight_offset = *rng.pick(&[0.0, 1.0]);
+        spec.bias = spec.kind == NormKind::Layer && rng.chance(0.5);
+        let shape = [rng.below(4), 1 + rng.below(3), *rng.pick(&WIDTHS)];
+        let (layout, weighted) = (*rng.pick(&Strides::ALL), rng.chance(0.7));
+        with_type!(*rng.pick(&DTYPES), check_any_norm(driver, &spec, shape, layout, weighted, rng.next()));
+    });
+}
+
+/// Layer norm over several rounds of the kernel, in both alignments, with the same bits.
+#[test]
+fn layer_norms_of_wide_rows() {
+    on_devices(true, |driver| {
+        for width in [8192 + 8, 2 * 8192, 4096] {
+            let mut spec = Norm::layer(1e-5);
+            spec.bias = true;
+            with_type!(Dtype::BF16, check_any_norm(driver, &spec, [2, 1, width], Strides::Padded, true, 3));
+            with_type!(Dtype::F32, check_any_norm(driver, &spec, [2, 1, width], Strides::Contiguous, true, 4));
+            let [contiguous, padded] = [Strides::Contiguous, Strides::Padded].map(|layout| {
+                let case = AnyNormCase::<f16>::new(&spec, [2, 1, width], layout, true, 5);
+                case.run(|s, x, w, b, out| staged::norm(driver, s, x, w, b, out))
+            });
+            assert_eq!(bits(&contiguous), bits(&padded));
+        }
+    });
+}
+
+/// Views of one and of four dimensions; five are refused.
+#[test]
+fn norms_of_other_dimensions() {
+    on_devices(true, |driver| {
+        let values: Vec<f32> = random(20, 2 * 3 * 4 * 24, 2.0);
+        let weight: Vec<f32> = random(21, 24, 1.0);
+        let norm = Norm::layer(1e-6);
+        let x = Array::new([2, 3, 4, 24], Strides::Permuted, &values);
+        let mut out = Output::new([2, 3, 4, 24], Strides::Permuted);
+        staged::norm(driver, &norm, x.view(), Some(&weight), None, out.view()).unwrap();
+        let got = out.finish("out");
+        for (row, x) in values.chunks_exact(24).enumerate() {
+            let mut out = Output::new([24], Strides::Contiguous);
+            staged::norm(driver, &norm, View::new(x, [24]), Some(&weight), None, out.view()).unwrap();
+            assert_eq!(bits(&out.finish("out")), bits(&got[24 * row..][..24]));
+        }
+        let mut out = [0.0; 24];
+        let x = View::new(&values, [1, 1, 1, 1, 24]);
+        let error = staged::norm(driver, &norm, x, None, None, ViewMut::new(&mut out, [1, 1, 1, 1, 24])).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "unsupported by cuda: a norm of an array with more than three leading dimensions"
+        );
+    });
+}
+
+/// Rows whose squares f32 cannot hold, with and without an epsilon.
+#[test]
+fn norms_of_very_large_and_very_small_rows() {
+    on_devices(true, |driver| {
+        for eps in [0.0, 1e-6, 1e-30] {
+            for scale in [1e-42f32, 1e-30, 1e-20, 1e18, 1e25, 3e38] {
+                for spec in [Norm::rms(eps), Norm::layer(eps)] {
+                    let x: Vec<f32> = (0..70).map(|i| scale * ((i * 37 % 70) as f32 / 70.0 - 0.4)).collect();
+                    let shape = [1, 70];
+                    let x = View::new(&x, shape);
+                    let (mut truth, mut got) = ([0.0; 70], [0.0f32; 70]);
+                    reference::norm::<_, f32, 2>(&spec, x, None, None, ViewMut::new(&mut truth, shape)).unwrap();
+                    staged::norm(driver, &spec, x, None, None, ViewMut::new(&mut got, shape)).unwrap();
+                    for (got, truth) in got.iter().zip(&truth) {
+                        let close = (f64::from(*got) - truth).abs() <= 1e-6 * (1.0 + truth.abs());
+                        assert!(close, "{spec:?} of {scale:e}: {got:e}, expected {truth:e}");
+                    }
+                }
+            }
+        }
+    });
+}
+
+fn check_elementwise<T: Element>(driver: &dyn Driver, shape: [usize; 2], layout: Strides, multiplier: f64, seed: u64) {
+    let case = PairCase::<T>::new(shape, layout, seed);
+    let what = format!("{} {shape:?} {layout:?} {multiplier}, seed {seed}", T::DTYPE);
+    let (truth, naive) = case.sum(multiplier);
+    let got = case.run::<T>(|x, y, out| staged::add(driver, x, y, multiplier, out));
+    assert_rows(&format!("add, {what}"), &got, &truth, &naive, shape[1]);
+    let (truth, naive) = case.gated();
+    let got = case.run::<T>(|x, y, out| staged::sigmoid_mul(driver, x, y, out));
+    assert_rows(&format!("sigmoid_mul, {what}"), &got, &truth, &naive, shape[1]);
+}
+
+#[test]
+fn elementwise() {
+    with_seeds(40, |driver, rng| {
+        let shape = [rng.below(4), *rng.pick(&WIDTHS)];
+        let (layout, multiplier) = (*rng.pick(&Strides::ALL), *rng.pick(&[1.0, 0.22, -3.0]));
+        with_type!(*rng.pick(&DTYPES), check_elementwise(driver, shape, layout, multiplier, rng.next()));
+    });
+}
+
+fn check_rope<T: Element>(
+    driver: &dyn Driver,
+    shape: [usize; 3],
+    style: RopeStyle,
+    rotary_dim: usize,
+    layout: Strides,
+    seed: u64,
+) {
+    let case = RopeCase::<T>::new(shape, style, rotary_dim, layout, seed);
+    let (truth, naive) = case.expected();
+    let got = case.run::<T>(|s, x, p, table, out| staged::rope(driver, s, x, p, table, out));
+    let what = format!("{} {shape:?} {style:?} {rotary_dim} {layout:?}, seed {seed}", T::DTYPE);
+    assert_rows(&what, &got, &truth, &naive, shape[2]);
+}
+
+#[test]
+fn rotations() {
+    let dims = [(2, 2), (8, 4), (16, 16), (33, 20), (64, 64), (64, 32), (80, 80), (128, 128), (130, 66), (1040, 1040)];
+    with_seeds(60, |driver, rng| {
+        let (dim, rotary_dim) = *rng.pick(&dims);
+        let shape = [rng.below(4), 1 + rng.below(4), dim];
+        let (style, layout) = (*rng.pick(&STYLES), *rng.pick(&Strides::ALL));
+        with_type!(*rng.pick(&DTYPES), check_rope(driver, shape, style, rotary_dim, layout, rng.next()));
+    });
+}
+
+// --- q, k and v -------------------------------------------------------------------------------------------------------
+
+fn check_prepare_qkv<T: Element>(driver: &dyn Driver, spec: &QkvPrep, n: usize, layout: Strides, seed: u64) {
+    let case = QkvCase::<T>::new(spec, n, layout, seed);
+    let expected = case.expected();
+    let prepare = |case: &QkvCase<T>| case.run::<T>(|s, input, out| staged::prepare_qkv(driver, s, input, out));
+    let [q, k, v] = prepare(&case);
+    let what = format!("{} {spec:?}, {n} tokens, {layout:?}, seed {seed}", T::DTYPE);
+    expected.check(&what, spec.head_dim, [&q, &k, &v]);
+    if n > 1 {
+        let alone = prepare(&case.alone(n - 1));
+        assert_eq!(bits(&alone[0]), bits(&q[q.len() - alone[0].len()..]), "q alone, {what}");
+        assert_eq!(bits(&alone[1]), bits(&k[k.len() - alone[1].len()..]), "k alone, {what}");
+    }
+}
+
+/// Every pair of two options of [`QkvPrep`], element type and layout.
+#[test]
+fn prepared_qkv() {
+    let heads = [(1, 1), (4, 2), (6, 1), (3, 3)];
+    let dims = [(8, 8, 8), (16, 16, 8), (33, 20, 32), (64, 64, 64), (80, 40, 20), (128, 128, 128), (256, 64, 64)];
+    let norms = [None, Some(QkNorm::PerHead), Some(QkNorm::Full), Some(QkNorm::L2AfterRope)];
+    let tokens = [0, 1, 2, 5];
+    let sizes = [heads.len(), dims.len(), norms.len(), 2, 3, 4, 2, tokens.len(), 3, 3];
+    for approx in [true, false] {
+        let table = pairwise(&sizes, seed() ^ u64::from(approx), |_| true);
+        println!("prepare_qkv: {} of {} pairs in {} calls", table.covered, table.total, table.rows.len());
+        assert_eq!(table.covered, table.total);
+        on_devices(!approx, |driver| {
+            for (i, row) in table.rows.iter().enumerate() {
+                let ((heads, kv_heads), (dim, value_dim, rotary_dim)) = (heads[row[0]], dims[row[1]]);
+                let mut spec = QkvPrep::new(heads, kv_heads, dim);
+                (spec.value_dim, spec.qk_norm) = (value_dim, norms[row[2]]);
+                spec.norm.weight_offset = row[3] as f64;
+                spec.clip = [None, Some(0.5), Some(2.0)][row[4]];
+                spec.rope = (row[5] > 0).then(|| Rope::new(STYLES[row[5] - 1], rotary_dim, 1000.0));
+                spec.q_temperature = (row[6] > 0).then(|| QTemperature::new(8.0, 0.1));
+                let (n, layout, seed) = (tokens[row[7]], Strides::ALL[row[8]], i as u64);
+                with_type!(DTYPES[row[9]], check_prepare_qkv(driver, &spec, n, layout, seed));
+            }
+        });
+    }
+}
+
+/// Aligned and unaligned kernels give the same bits.
+#[test]
+fn prepared_qkv_bits() {
+    on_devices(true, |driver| {
+        for norm in [QkNorm::PerHead, QkNorm::Full, QkNorm::L2AfterRope] {
+            for style in STYLES {
+                let mut spec = QkvPrep::new(4, 2, 128);
+                (spec.qk_norm, spec.rope) = (Some(norm), Some(Rope::new(style, 64, 1000.0)));
+                let run = |layout| {
+                    let mut case = QkvCase::<bf16>::new(&spec, 3, layout, 30);
+                    case.tables = case.tables.map(|table| table.with_layout(layout));
+                    case.run::<bf16>(|s, input, out| staged::prepare_qkv(driver, s, input, out)).concat()
+                };
+                assert_eq!(bits(&run(Strides::Contiguous)), bits(&run(Strides::Padded)), "{norm:?} {style:?}");
+            }
+        }
+    });
+}
+
+fn check_append<T: Element>(driver: &dyn Driver) {
+    for layout in Strides::ALL {
+        for paged in [false, true] {
+            for dims in [[16, 5], [64, 64], [8, 24]] {
+                let case = AppendCase::<T>::new(3, dims, paged, layout, 31);
+                let want = case.run(reference::kv_append);
+                let got = case.run(|input, cache| staged::kv_append(driver, input, cache));
+                assert_eq!(bits(&got), bits(&want), "{} {layout:?}, paged: {paged}, {dims:?}", T::DTYPE);
+            }
+        }
+    }
+}
+
+#[test]
+fn kv_append_copies() {
+    on_devices(true, |driver| {
+        check_append::<bf16>(driver);
+        check_append::<f16>(driver);
+        check_append::<f32>(driver);
+    });
+}
+
+/// A copy keeps every bit of a NaN.
+#[test]
+fn kv_append_keeps_nans() {
+    on_devices(true, |driver| {
+        let x: Vec<bf16> = (0..16u16).map(|i| bf16::from_bits(0x7F81 + 3 * i + ((i & 1) << 15))).collect();
+        let mut cache = [[bf16::ZERO; 32]; 2];
+        let [k, v] = &mut cache;
+        let new = View::new(&x, [1, 1, 16]);
+        let cache_views = KvCacheMut::contiguous(ViewMut::new(k, [1, 2, 1, 16]), ViewMut::new(v, [1, 2, 1, 16]));
+        staged::kv_append(driver, &KvCache::new(new, new, None, &[1]), cache_views).unwrap();
+        for cache in &cache {
+            assert_eq!(bits(&cache[16..]), bits(&x));
+            assert_eq!(bits(&cache[..16]), bits(&[bf16::ZERO; 16]));
+        }
+    });
+}
+
+/// The fused call writes what the two calls write, bit for bit, contiguous and paged.
+#[test]
+fn prepared_into_the_cache() {
+    on_devices(true, |driver| {
+        for (norm, paged) in [QkNorm::PerHead, QkNorm::Full, QkNorm::L2AfterRope].into_iter().zip([true, false, true]) {
+            let mut spec = QkvPrep::new(6, 3, 64);
+            (spec.value_dim, spec.qk_norm, spec.clip) = (32, Some(norm), Some(2.0));
+            spec.rope = Some(Rope::new(RopeStyle::Half, 32, 1000.0));
+            let layout = if paged { Strides::Padded } else { Strides::Contiguous };
+            let case = QkvCase::<f16>::new(&spec, 11, layout, 32);
+            let mut append = AppendCase::<f16>::new(3, [64, 32], paged, layout, 33);
+            let [q, k, v] = case.run::<f16>(|s, input, out| staged::prepare_qkv(driver, s, input, out));
+            append.new = [Array::new([11, 3, 64], layout, &k), Array::new([11, 3, 32], layout, &v)];
+            let want = append.run(|input, cache| staged::kv_append(driver, input, cache));
+            let mut out = Output::new([11, 6, 64], layout);
+            let got = append.run_into(|cache| {
+                let rows = (Some(&append.cu_seqlens[..]), &append.kv_lens[..]);
+                staged::prepare_qkv_append(driver, &spec, &case.input(), rows, out.view(), cache)
+            });
+            assert_eq!(bits(&out.finish("q")), bits(&q));
+            assert_eq!(bits(&got), bits(&want));
+        }
+    });
+}
+
+/// Lengths, prefix sums and pages from the device that lead out of the arrays: nothing is written there, and rows that have a
+/// place get it.
+#[test]
+fn append_out_of_range() {
+    on_devices(true, |driver| {
+        let x: Vec<f32> = random(34, 6 * 8, 2.0);
+        let new = View::new(&x, [6, 1, 8]);
+        // Pages of 2 rows, 3 pages; sequence 0 has room for its first row only, sequence 1 names a page that does not exist.
+        type Case<'a> = (&'a [u32], [u32; 2], [u32; 4], [Option<usize>; 6]);
+        let cases: [Case<'_>; 5] = [
+            (&[0, 2, 6], [3, 0], [0, 1, 7, 2], [Some(3), None, None, None, Some(4), Some(5)]),
+            (&[0, 2, 6], [u32::MAX, 2], [0, 1, 7, 2], [None, None, Some(4), Some(5), None, None]),
+            (&[0, 9, 6], [0, 0], [0, 1, 2, 2], [Some(0), Some(1), Some(2), Some(3), None, None]),
+            (&[3, 4, 5], [0, 0], [0, 1, 2, u32::MAX], [None, None, None, Some(0), Some(4), None]),
+            (&[u32::MAX, 0, 0], [0, 0], [0, 1, 2, 2], [None; 6]),
+        ];
+        for (sums, lens, table, places) in cases {
+            let mut cache = [[0.0f32; 48]; 2];
+            let [k, v] = &mut cache;
+            let table = View::new(&table, [2, 2]);
+            let views = KvCacheMut::paged(ViewMut::new(k, [3, 2, 1, 8]), ViewMut::new(v, [3, 2, 1, 8]), table);
+            staged::kv_append(driver, &KvCache::new(new, new, Some(sums), &lens), views).unwrap();
+            let mut want = [0.0; 48];
+            for (token, place) in places.iter().enumerate() {
+                if let Some(place) = place {
+                    want[8 * place..][..8].copy_from_slice(&x[8 * token..][..8]);
+                }
+            }
+            assert_eq!(cache, [want; 2], "{sums:?} {lens:?} {table:?}");
+        }
+    });
+}
+
+/// Positions beyond the table count as its last row.
+#[test]
+fn positions_out_of_range() {
+    on_devices(true, |driver| {
+        let run = |positions: &[u32]| {
+            let mut case = RopeCase::<f32>::new([2, 2, 16], RopeStyle::Interleaved, 16, Strides::Padded, 35);
+            case.positions = positions.to_vec();
+            case.run::<f32>(|s, x, p, table, out| staged::rope(driver, s, x, p, table, out))
+        };
+        assert_eq!(bits(&run(&[50, u32::MAX])), bits(&run(&[49, 49])));
+    });
+}
+
+/// The temperature of far positions: whole steps, however far.
+#[test]
+fn temperature_of_far_positions() {
+    on_devices(true, |driver| {
+        let mut spec = QkvPrep::new(1, 1, 1);
+        for floor_scale in [1.0, 3.0, 8192.0, 4294967295.0] {
+            spec.q_temperature = Some(QTemperature::new(floor_scale, 0.7));
+            let mut case = QkvCase::<f32>::new(&spec, 8, Strides::Contiguous, 36);
+            case.positions = vec![0, 1, 8190, 8191, 16383, 16_777_216, u32::MAX - 1, u32::MAX];
+            (0..8).for_each(|t| case.q.set([t, 0, 0], 1.0));
+            let expected = case.expected();
+            let [q, k, v] = case.run::<f32>(|s, input, out| staged::prepare_qkv(driver, s, input, out));
+            expected.check(&format!("floor_scale {floor_scale}"), 1, [&q, &k, &v]);
+        }
     });
 }

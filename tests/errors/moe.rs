@@ -21,9 +21,9 @@ pub fn errors(found: &mut Found) {
     mixture(found);
     #[cfg(feature = "cuda")]
     {
-        use gatefold::cuda::{SiluMul, SiluMulPlan};
-        let problem = SiluMul::new(gatefold::Dtype::F64, 3, 64);
-        found.add("SiluMulPlan, dtype", SiluMulPlan::new(&problem));
+        use gatefold::cuda::{ElementwiseOp, ElementwisePlan, ElementwiseProblem};
+        let problem = ElementwiseProblem::new(ElementwiseOp::SiluMul, gatefold::Dtype::F64, 3, 64);
+        found.add("ElementwisePlan, dtype", ElementwisePlan::new(&problem));
     }
 }
 

@@ -6,17 +6,21 @@
 
 mod arrays;
 mod attention;
+mod glue;
 mod linear;
 mod merge;
 mod moe;
+mod qkv;
 mod route;
 
 pub use arrays::{Staged, StagedMut, vector};
 pub use attention::attention;
+pub use glue::{add, norm, sigmoid_mul};
 pub use linear::{linear, linear_heads, linear_with};
 pub use merge::merge;
 pub use moe::{
     StagedExperts, StagedFfn, StagedMoe, StagedRouting, expert_ffn, expert_ffn_with, mlp, mlp_with, moe, moe_with,
     router_logits_with,
 };
+pub use qkv::{kv_append, prepare_qkv, prepare_qkv_append, rope};
 pub use route::{StagedRoute, route};
