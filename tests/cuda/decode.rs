@@ -497,6 +497,17 @@ fn nan_of_another_sequence_1745() {
             assert!(bits(&found, token..token + 1, 2) == bits(&clean, token..token + 1, 2), "token {token}");
         }
         assert!(found.lse[2].is_nan() && found.out[128].is_nan());
+        // Hidden by a mask for all heads and queries, they stay away from their own sequence, too.
+        options.dense_mask = DenseMask::PerKey;
+        let mut case = AttentionCase::<f16>::new(&options, 9);
+        let mask = case.mask.as_mut().unwrap();
+        [0, 31, 270].map(|j| mask.set([1, 0, 0, j], 0));
+        let clean = attend(&case);
+        for j in [0, 31, 270] {
+            let [block, row] = case.place(1, j);
+            case.v.set([block, row, 0, 5], f16::NAN);
+        }
+        assert!(bits(&attend(&case), 0..4, 2) == bits(&clean, 0..4, 2));
     });
 }
 
@@ -615,18 +626,20 @@ fn decode_counters() {
         }
         counters[0]
     };
+    let (mut counted, mut expected) = (Vec::new(), Vec::new());
     // Warp instructions, wavefronts of shared memory, sectors of global memory, all in the kernel of the parts.
     for (heads, dims, values, entry, recorded) in [
-        (8, (64, 64), Values::Own, "gatefold_attention_decode_bf16_64_64", [39828, 8256, 8648]),
-        (8, (128, 128), Values::Own, "gatefold_attention_decode_bf16_128_128", [44052, 12672, 17224]),
-        (8, (192, 128), Values::Own, "gatefold_attention_decode_bf16_192_128", [45476, 15040, 21448]),
-        (8, (256, 256), Values::Own, "gatefold_attention_decode_bf16_256_256", [52340, 21504, 34376]),
-        (16, (576, 512), Values::OfKeys, "gatefold_attention_decode_bf16_576_512_shared_16", [63962, 48544, 40104]),
-        (64, (576, 512), Values::OfKeys, "gatefold_attention_decode_bf16_576_512_shared_64", [181314, 160512, 49760]),
+        (8, (64, 64), Values::Own, "gatefold_attention_decode_bf16_64_64", [34724, 8256, 8648]),
+        (8, (128, 128), Values::Own, "gatefold_attention_decode_bf16_128_128", [43124, 12672, 17224]),
+        (8, (192, 128), Values::Own, "gatefold_attention_decode_bf16_192_128", [44548, 15040, 21448]),
+        (8, (256, 256), Values::Own, "gatefold_attention_decode_bf16_256_256", [51412, 21504, 34376]),
+        (16, (576, 512), Values::OfKeys, "gatefold_attention_decode_bf16_576_512_shared_16", [63034, 48544, 40104]),
+        (64, (576, 512), Values::OfKeys, "gatefold_attention_decode_bf16_576_512_shared_64", [178850, 160512, 49760]),
     ] {
         let (name, c) = counters(heads, dims, values, KvLayout::Ragged);
         assert_eq!(name, entry);
-        assert_eq!([c.instructions, c.shared_wavefronts, c.global_sectors], recorded, "{entry}");
+        counted.push((entry, [c.instructions, c.shared_wavefronts, c.global_sectors]));
+        expected.push((entry, recorded));
         // Keys and values once, and little else: queries, parts, and what tells where all that lies.
         let kv_sectors = 1024 * (dims.0 + if values == Values::Own { dims.1 } else { 0 }) / 16;
         let (splits, rows) = (if dims.0 > 256 { 2 } else { 4 }, heads.next_multiple_of(16));
@@ -638,4 +651,5 @@ fn decode_counters() {
         let (_, paged) = counters(heads, dims, values, KvLayout::Paged(16));
         assert!(paged.global_sectors <= c.global_sectors + 16 * splits as u64, "{entry}: a block table is read once");
     }
+    assert_eq!(counted, expected);
 }

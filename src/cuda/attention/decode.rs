@@ -306,7 +306,8 @@ mod tests {
                 ((192, 128), "gatefold_attention_decode_bf16_192_128"),
                 ((256, 256), "gatefold_attention_decode_bf16_256_256"),
                 ((64, 256), "gatefold_attention_decode_bf16_256_256"),
-                ((33, 33), "gatefold_attention_decode_bf16_256_256_unaligned"),
+                ((33, 33), "gatefold_attention_decode_bf16_64_64_unaligned"),
+                ((65, 33), "gatefold_attention_decode_bf16_256_256_unaligned"),
                 ((576, 512), "gatefold_attention_decode_bf16_576_512"),
                 ((575, 512), "gatefold_attention_decode_bf16_576_512_unaligned"),
             ] {
