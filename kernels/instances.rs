@@ -37,6 +37,8 @@ pub const ALIGNMENTS: [(bool, &str); 2] = [(true, ""), (false, "_unaligned")];
 
 #[path = "instances/attention.rs"]
 mod attention;
+#[path = "instances/coupled.rs"]
+mod coupled;
 #[path = "instances/decode.rs"]
 mod decode;
 #[path = "instances/gemm.rs"]
@@ -52,6 +54,7 @@ mod route;
 pub fn instances() -> Vec<Instance> {
     let mut table = Vec::new();
     attention::add(&mut table);
+    coupled::add(&mut table);
     decode::add(&mut table);
     gemm::add(&mut table);
     glue::add(&mut table);

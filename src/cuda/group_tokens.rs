@@ -202,6 +202,11 @@ impl GroupTokensPlan {
         self.steps().iter().map(|kernel| kernel.entry)
     }
 
+    /// The kernels that run, in order.
+    pub(super) fn used(&self) -> impl Iterator<Item = &'static Kernel> {
+        self.steps().iter().copied()
+    }
+
     fn steps(&self) -> &'static [&'static Kernel] {
         static ONE: [&Kernel; 1] = [&one_cta::INSTANCES[0].kernel];
         static THREE: [&Kernel; 3] =
@@ -379,7 +384,7 @@ impl GroupTokensPlan {
 ///
 /// Granlund and Montgomery 1994, Division by invariant integers using multiplication: with `shift = 31 + ceil(log2 d)` the rounded-up
 /// factor is at most `2^(shift - 31) / d` too large, too little to reach the next integer.
-fn division(divisor: u32) -> (u32, u32) {
+pub(super) fn division(divisor: u32) -> (u32, u32) {
     let divisor = u64::from(divisor.max(1));
     let shift = 31 + divisor.next_power_of_two().trailing_zeros();
     (((1_u64 << shift) / divisor + 1) as u32, shift)

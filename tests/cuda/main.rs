@@ -14,6 +14,7 @@ mod staged;
 
 mod attention;
 mod combine;
+mod coupled;
 mod decode;
 mod gemm;
 mod glue;

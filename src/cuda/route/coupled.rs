@@ -1,49 +1,115 @@
 //! Routers whose tokens are coupled: capacity and second experts by chance, expert choice, Sinkhorn.
 //!
-//! The plan calls these steps in place of [`Tokens`](super::tokens::Tokens) with weights. `tokens_per_expert` and `dropped` are 0
-//! when they begin.
+//! ```text
+//! sinkhorn        before the choice: the balanced logits, which top-k compares
+//! expert_choice   in its place: every expert takes its tokens
+//! drop            after it: second experts by chance, queues; then the weights of what is left
+//! sort            places in a queue, and tokens of an expert, best first
+//! ```
+//!
+//! The plan calls these steps in place of [`Tokens`] with weights. `tokens_per_expert` and `dropped` are 0 when they begin.
+
+mod drop;
+mod expert_choice;
+mod sinkhorn;
+mod sort;
 
 use super::problem::{Route, RouteArgs};
+use super::tokens::{Extra, Gives, Tokens};
 use crate::cuda::driver::{Driver, Stream};
 use crate::cuda::kernels::Kernel;
 use crate::cuda::memory::Parts;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::spec::{Router, SecondExpert, Selection};
+use drop::Drop;
+use expert_choice::ExpertChoice;
+use sinkhorn::Sinkhorn;
+
+/// Tokens of a block, in every kernel here that gives one a warp.
+const WARPS: usize = 4;
 
 /// Whether a token's experts depend on other tokens, or on its number.
 pub(super) fn is_coupled(spec: &Router) -> bool {
-    matches!(spec.selection, Selection::ExpertChoice | Selection::Sinkhorn { .. })
-        || spec.capacity.is_some()
-        || spec.second_expert == SecondExpert::Random
+    matches!(spec.selection, Selection::ExpertChoice | Selection::Sinkhorn { .. }) || drops(spec)
+}
+
+/// Whether slots may be dropped after the choice.
+fn drops(spec: &Router) -> bool {
+    spec.selection != Selection::ExpertChoice && (spec.capacity.is_some() || spec.second_expert == SecondExpert::Random)
 }
 
 /// The steps of a coupled router.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Coupled {}
+pub(super) struct Coupled {
+    num_tokens: usize,
+    choice: Choice,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Choice {
+    Experts(Box<ExpertChoice>),
+    Tokens { sinkhorn: Option<Sinkhorn>, tokens: Tokens, drop: Option<Box<Drop>> },
+}
 
 impl Coupled {
     /// Lays out its part of the workspace.
-    pub(super) fn new(problem: &Route, _parts: &mut Parts) -> Result<Self> {
+    pub(super) fn new(problem: &Route, parts: &mut Parts) -> Result<Self> {
         let spec = &problem.spec;
-        let case = match spec.selection {
-            Selection::ExpertChoice => "expert choice",
-            Selection::Sinkhorn { .. } => "Sinkhorn",
-            _ if spec.capacity.is_some() => "a capacity",
-            _ => "a second expert by chance",
+        let choice = if spec.selection == Selection::ExpertChoice {
+            Choice::Experts(Box::new(ExpertChoice::new(problem, parts)?))
+        } else {
+            let sinkhorn = match spec.selection {
+                Selection::Sinkhorn { iterations } => Some(Sinkhorn::new(problem, iterations, parts)?),
+                _ => None,
+            };
+            let gives = if drops(spec) { Gives::Scores } else { Gives::Weights };
+            Choice::Tokens {
+                tokens: Tokens::new(problem, gives, sinkhorn.is_some())?,
+                drop: if drops(spec) { Some(Box::new(Drop::new(problem, parts)?)) } else { None },
+                sinkhorn,
+            }
         };
-        Err(Error::unsupported("cuda", format!("routing with {case}")))
+        Ok(Coupled { num_tokens: problem.num_tokens, choice })
     }
 
     /// Every kernel that a launch may use.
     pub(super) fn kernels(&self) -> Vec<&'static Kernel> {
-        Vec::new()
+        match &self.choice {
+            Choice::Experts(choice) => choice.kernels(),
+            Choice::Tokens { sinkhorn, tokens, drop } => {
+                let mut kernels = sinkhorn.as_ref().map_or(Vec::new(), Sinkhorn::kernels);
+                kernels.push(tokens.kernel());
+                kernels.extend(drop.as_ref().map_or(Vec::new(), |drop| drop.kernels()));
+                kernels
+            }
+        }
     }
 
     /// Queues the steps; there may be no token.
     ///
     /// # Safety
     /// `args` holds the arrays of the plan's problem, checked as `RoutePlan::launch` does, and a workspace that is large enough.
-    pub(super) unsafe fn launch(&self, _driver: &dyn Driver, _args: &RouteArgs, _stream: Stream) -> Result<()> {
-        Ok(())
+    pub(super) unsafe fn launch(&self, driver: &dyn Driver, args: &RouteArgs, stream: Stream) -> Result<()> {
+        if self.num_tokens == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise, also below: every step finds its arrays in the part of the workspace that it laid out.
+        match &self.choice {
+            Choice::Experts(choice) => unsafe { choice.launch(driver, args, stream) },
+            Choice::Tokens { sinkhorn, tokens, drop } => {
+                let mut extra = Extra::default();
+                if let Some(sinkhorn) = sinkhorn {
+                    extra.values = unsafe { sinkhorn.launch(driver, args, stream)? };
+                }
+                match drop {
+                    Some(drop) => extra.scores = drop.scores(args),
+                    None => extra.counts = args.tokens_per_expert.unwrap_or(0),
+                }
+                unsafe {
+                    tokens.launch(driver, args, extra, stream)?;
+                    drop.as_ref().map_or(Ok(()), |drop| drop.launch(driver, args, stream))
+                }
+            }
+        }
     }
 }

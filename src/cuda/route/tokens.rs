@@ -18,7 +18,6 @@ pub(super) enum Gives {
     Weights,
     /// Scores of the chosen in f64, neither renormalised nor scaled (of the sparse mixer: the weights), for a step that drops
     /// slots and writes the weights: [`Extra::scores`]. `topk_weights` is not written.
-    #[allow(dead_code)] // for `coupled`
     Scores,
 }
 
@@ -285,14 +284,12 @@ fn groups(spec: &Router) -> Groups {
 
 /// The largest softmax probability of every token, in f32: the order of a queue by score.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[allow(dead_code)] // for `coupled`
 pub(super) struct Largest {
     num_tokens: usize,
     num_experts: u32,
     logits_stride_bytes: u64,
 }
 
-#[allow(dead_code)] // for `coupled`
 impl Largest {
     pub(super) fn new(problem: &Route) -> Result<Self> {
         Ok(Largest {
