@@ -29,6 +29,7 @@ pub mod kernels;
 mod lent;
 mod linear;
 mod memory;
+mod mla;
 mod moe;
 mod norm;
 mod qkv;
@@ -56,6 +57,7 @@ pub use grouped_gemm::{GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
 pub use lent::{Lent, LentMut};
 pub use linear::{linear, linear_heads};
 pub use memory::{DeviceView, DeviceViewMut, Queue};
+pub use mla::{mla_absorb_query, mla_project_value};
 pub use moe::{MoeArgs, MoeInput, MoeOutput, MoePlan, MoeProblem, MoeRouting, MoeWeights, moe};
 pub use norm::{NormArgs, NormPlan, NormProblem, ResidualArgs, norm};
 pub use qkv::{

@@ -36,21 +36,25 @@ const F32_TILES: [Tile; 4] = [
 pub fn add(table: &mut Vec<Instance>) {
     for (dtype, _) in DTYPES {
         for tile in if dtype == "f32" { F32_TILES } else { TILES } {
-            add_instance(table, tile, dtype, dtype, false);
-            add_instance(table, tile, dtype, dtype, true);
+            add_instance(table, tile, dtype, dtype, "");
+            add_instance(table, tile, dtype, dtype, "_gated");
             if dtype != "f32" {
-                add_instance(table, tile, dtype, "f32", false);
+                add_instance(table, tile, dtype, "f32", "");
+            }
+            // For one matrix per head, which is small.
+            if [16, 64].contains(&tile.rows) {
+                add_instance(table, tile, dtype, dtype, "_transposed");
             }
         }
     }
 }
 
-fn add_instance(table: &mut Vec<Instance>, tile: Tile, dtype: &'static str, out: &'static str, gated: bool) {
+fn add_instance(table: &mut Vec<Instance>, tile: Tile, dtype: &'static str, out: &'static str, suffix: &str) {
     use Value::{Dtype, Flag, Int};
     // Sums that leave the tensor core need registers on their way.
     let ctas = if out != dtype && tile.rows == 128 { 1 } else { tile.ctas };
     let types = if out == dtype { dtype.to_string() } else { format!("{dtype}_{out}") };
-    let suffix = if gated { "_gated" } else { "" };
+    let gated = suffix == "_gated";
     table.push(Instance {
         template: "grouped_gemm",
         variant: format!("{types}_m{}{suffix}", tile.rows),
@@ -60,6 +64,7 @@ fn add_instance(table: &mut Vec<Instance>, tile: Tile, dtype: &'static str, out:
             ("DTYPE", Dtype(dtype)),
             ("OUT", Dtype(out)),
             ("GATED", Flag(gated)),
+            ("TRANSPOSED", Flag(suffix == "_transposed")),
             ("TILE_M", Int(tile.rows)),
             ("TILE_N", Int(tile.weights)),
             ("THREADS", Int(tile.threads)),

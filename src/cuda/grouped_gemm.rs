@@ -41,6 +41,8 @@ pub struct GroupedGemm {
     pub outputs: usize,
     /// Whether there is a gate.
     pub gated: bool,
+    /// `up` is `[num_groups, inputs, outputs]`: for equal rows, without a gate, stored in `dtype`.
+    pub transposed: bool,
     /// What follows the sums; not `None` with a gate.
     pub activation: Option<Activation>,
     /// Rows of `a`, of a group where [`GroupedGemm::a_group_stride`] is not 0.
@@ -96,6 +98,7 @@ impl GroupedGemm {
             inputs,
             outputs,
             gated: false,
+            transposed: false,
             activation: None,
             source_rows: num_tokens,
             a_stride: inputs,
@@ -362,16 +365,23 @@ impl GroupedGemmPlan {
             _ => {}
         }
 
-        let layout = |name, groups: [usize; 2], rows: [usize; 2]| {
-            let layout = Layout::new(name, dtype, groups, rows, inputs)?;
+        let transposed = problem.transposed;
+        if transposed && !(outputs * dtype.size_bytes()).is_multiple_of(16) {
+            let expected = format!("a multiple of {} (16 bytes) for transposed weights", 16 / dtype.size_bytes());
+            return Err(Error::value("outputs", expected, outputs));
+        }
+
+        let layout = |name, groups: [usize; 2], rows: [usize; 2], width| {
+            let layout = Layout::new(name, dtype, groups, rows, width)?;
             layout.check_aligned(name, dtype)?;
             Ok(layout)
         };
         let a_groups = if problem.a_group_stride == 0 { 1 } else { num_groups };
-        let a = layout("a", [a_groups, problem.a_group_stride], [problem.source_rows, problem.a_stride])?;
-        let up = layout("up", [num_groups, problem.up_group_stride], [outputs, problem.up_stride])?;
+        let a = layout("a", [a_groups, problem.a_group_stride], [problem.source_rows, problem.a_stride], inputs)?;
+        let (up_rows, up_width) = if transposed { (inputs, outputs) } else { (outputs, inputs) };
+        let up = layout("up", [num_groups, problem.up_group_stride], [up_rows, problem.up_stride], up_width)?;
         let gate = if gated {
-            layout("gate", [num_groups, problem.gate_group_stride], [outputs, problem.gate_stride])?
+            layout("gate", [num_groups, problem.gate_group_stride], [outputs, problem.gate_stride], inputs)?
         } else {
             up
         };
@@ -388,7 +398,7 @@ impl GroupedGemmPlan {
         }
         let out = Layout::new("out", out_dtype, [out_groups, out_strides[0]], [row_bound, out_strides[1]], outputs)?;
 
-        let choice = Choice { dtype, out_dtype, gated, outputs, limits };
+        let choice = Choice { dtype, out_dtype, gated, transposed, outputs, limits };
         let mut passes = [None; CLASSES.len()];
         match rows {
             _ if row_bound == 0 || num_groups == 0 => {}
@@ -574,34 +584,46 @@ struct Choice<'a> {
     dtype: Dtype,
     out_dtype: Dtype,
     gated: bool,
+    transposed: bool,
     outputs: usize,
     limits: &'a Limits,
 }
 
 impl Choice<'_> {
     fn instance(&self, class: usize) -> Result<usize> {
-        let fits = |i: &kernels::Instance| {
-            let tile = i.gated == self.gated && i.tile_m as usize == CLASSES[class];
+        self.find(class).ok_or_else(|| {
+            let case = if self.transposed {
+                "transposed weights with a gate, listed rows, tiles of 32 or 128 rows, or another type of the result"
+            } else {
+                "a gated product of 16-bit rows that is stored in f32"
+            };
+            Error::unsupported("cuda", case)
+        })
+    }
+
+    /// Index of the instance, if there is one.
+    fn find(&self, class: usize) -> Option<usize> {
+        kernels::INSTANCES.iter().position(|i| {
+            let tile = i.gated == self.gated && i.transposed == self.transposed && i.tile_m as usize == CLASSES[class];
             tile && i.dtype == self.dtype && i.out == self.out_dtype
-        };
-        let found = kernels::INSTANCES.iter().position(fits);
-        found.ok_or_else(|| Error::unsupported("cuda", "a gated product of 16-bit rows that is stored in f32"))
+        })
     }
 
     /// The class for groups of so many rows: the smallest tile that takes them at once, or the largest; smaller ones where that
     /// leaves multiprocessors without work, because their blocks are done sooner.
     fn class(&self, num_groups: usize, rows: usize) -> Result<usize> {
-        let mut class = CLASSES.iter().position(|tile| rows <= *tile).unwrap_or(CLASSES.len() - 1);
-        while class > 0 {
-            let instance = &kernels::INSTANCES[self.instance(class)?];
-            let col_tiles = self.outputs.div_ceil(instance.tile_cols as usize);
+        let first = CLASSES.iter().position(|tile| rows <= *tile).unwrap_or(CLASSES.len() - 1);
+        let mut smallest = None;
+        for class in (0..=first).rev() {
+            let Some(index) = self.find(class) else { continue };
+            let col_tiles = self.outputs.div_ceil(kernels::INSTANCES[index].tile_cols as usize);
             let units = rows.div_ceil(CLASSES[class]).saturating_mul(num_groups).saturating_mul(col_tiles);
             if units >= self.limits.num_sms as usize {
-                break;
+                return Ok(class);
             }
-            class -= 1;
+            smallest = Some(class);
         }
-        Ok(class)
+        smallest.map_or_else(|| self.instance(first).map(|_| first), Ok)
     }
 
     /// The launch for at most so many row tiles.
@@ -683,6 +705,7 @@ mod tests {
                     dtype: instance.dtype,
                     out_dtype: instance.out,
                     gated: instance.gated,
+                    transposed: instance.transposed,
                     outputs: 4096,
                     limits,
                 };
@@ -696,7 +719,14 @@ mod tests {
             }
         }
         let stages = |limits| {
-            let choice = Choice { dtype: Dtype::BF16, out_dtype: Dtype::BF16, gated: false, outputs: 4096, limits };
+            let choice = Choice {
+                dtype: Dtype::BF16,
+                out_dtype: Dtype::BF16,
+                gated: false,
+                transposed: false,
+                outputs: 4096,
+                limits,
+            };
             let pass = choice.pass(3, 1000, 0).unwrap();
             (pass.stages, pass.grid)
         };

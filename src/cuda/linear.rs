@@ -1,6 +1,6 @@
 //! `linear` on the GPU: a weight matrix times rows, and the same for one matrix per head.
 
-use crate::cuda::grouped_gemm::{GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
+use crate::cuda::grouped_gemm::{GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
 use crate::cuda::memory::{DeviceView, DeviceViewMut, Queue};
 use crate::element::Element;
 use crate::error::Result;
@@ -66,15 +66,27 @@ pub fn linear_heads<T: Element, O: Element>(
     x.check("x", [num_tokens, heads, inputs])?;
     weight.check("weight", [heads, outputs, inputs])?;
     out.check("out", [num_tokens, heads, outputs])?;
+    launch_heads(queue, x, weight, false, out)
+}
+
+/// [`linear_heads`] after its checks, or with `weight` as `[heads, inputs, outputs]`.
+pub(super) fn launch_heads<T: Element, O: Element>(
+    queue: &mut Queue<'_>,
+    x: DeviceView<'_, T, 3>,
+    weight: DeviceView<'_, T, 3>,
+    transposed: bool,
+    out: DeviceViewMut<'_, O, 3>,
+) -> Result<()> {
+    let ([num_tokens, heads, inputs], [_, _, outputs]) = (x.shape(), out.shape());
     let mut problem = GroupedGemm::linear(T::DTYPE, num_tokens, outputs, inputs);
     problem.out_dtype = O::DTYPE;
-    problem.rows = GemmRows::Equal(num_tokens);
     problem.num_groups = heads;
+    problem.transposed = transposed;
     [problem.a_stride, problem.a_group_stride, _] = x.strides();
     [problem.up_group_stride, problem.up_stride, _] = weight.strides();
     [problem.out_stride, problem.out_group_stride, _] = out.strides();
     let plan = GroupedGemmPlan::new(&problem, &queue.driver().limits())?;
     let args = GroupedGemmArgs::new(x.ptr(), weight.ptr(), out.ptr());
-    // SAFETY: as in `linear`.
+    // SAFETY: the views are device memory with the plan's shapes and strides, checked by the callers; the rest as in `linear`.
     unsafe { plan.launch(queue.driver(), &args, queue.stream()) }
 }

@@ -8,7 +8,7 @@ use crate::{on_devices, staged};
 use gatefold::args::FfnWeights;
 use gatefold::cuda::driver::{Buffer, Driver, Limits};
 use gatefold::cuda::{GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan, Stream};
-use gatefold::spec::{Activation, Ffn};
+use gatefold::spec::{Activation, Ffn, Mla};
 use gatefold::{Dtype, Element, View, ViewMut, reference};
 use half::{bf16, f16};
 use simt::Class;
@@ -692,4 +692,73 @@ fn linear_long() {
             check::<f32, f32>(driver, &case);
         }
     });
+}
+
+/// The absorbed form's products with `kv_b`, as it is stored.
+fn check_mla<T: Element>(driver: &dyn Driver) {
+    for (i, (tokens, heads)) in [(1, 3), (17, 2), (70, 5), (0, 2)].into_iter().enumerate() {
+        let (nope, value, rank) = ([24, 128][i % 2], [40, 16][i % 2], [72, 200][i / 2]);
+        let spec = Mla::new(heads, rank, nope, 8, value);
+        let mut rng = Rng::new(i as u64);
+        let kv_b = rng.normals::<T>(heads * (nope + value) * rank, 1.0);
+        let kv_b = Aligned::new([heads, nope + value, rank], i % 2 == 1, &kv_b);
+        for absorb in [true, false] {
+            let (inputs, outputs) = if absorb { (nope, rank) } else { (rank, value) };
+            let x = rng.normals::<T>(tokens * heads * inputs, 1.0);
+            let x = Aligned::new([tokens, heads, inputs], i % 2 == 0, &x);
+            let shape = [tokens, heads, outputs];
+            let (mut truth, mut naive) = (vec![0.0; tokens * heads * outputs], Vec::new());
+            let result = ViewMut::new(&mut truth, shape);
+            if absorb {
+                reference::mla_absorb_query(&spec, x.view(), kv_b.view(), result).unwrap();
+            } else {
+                reference::mla_project_value(&spec, x.view(), kv_b.view(), result).unwrap();
+            }
+            let starts = starts_for(truth.len());
+            for (at, truth) in truth.iter().enumerate() {
+                let (t, h, o) = (at / outputs / heads, at / outputs % heads, at % outputs);
+                let weight = |k| kv_b.view().at(if absorb { [h, k, o] } else { [h, nope + o, k] }).to_f32();
+                let terms: Vec<f32> = (0..inputs).map(|k| x.view().at([t, h, k]).to_f32() * weight(k)).collect();
+                naive.push(T::from_f32(naive_sum(&terms, 0.0, *truth, starts)));
+            }
+            let mut out = Output::<T, 3>::new(shape, Layout::ALL[i % 3]);
+            if absorb {
+                staged::mla_absorb_query(driver, &spec, x.view(), kv_b.view(), out.view()).unwrap();
+            } else {
+                staged::mla_project_value(driver, &spec, x.view(), kv_b.view(), out.view()).unwrap();
+            }
+            let what = format!("{spec:?} {tokens} tokens, absorb: {absorb}, {}", T::DTYPE);
+            assert_sums(&what, &out.finish("out"), &truth, &naive, outputs);
+        }
+    }
+}
+
+#[test]
+fn mla_products() {
+    on_devices(false, |driver| {
+        check_mla::<bf16>(driver);
+        check_mla::<f16>(driver);
+        check_mla::<f32>(driver);
+    });
+}
+
+/// Transposed weights come through shared memory without bank conflicts too.
+#[test]
+fn mla_counters() {
+    fn check<T: Element>() {
+        let sim = Simulator::new(false);
+        let spec = Mla::new(2, 128, 64, 8, 16);
+        let x = vec![T::from_f32(1.0); 20 * 2 * 64];
+        let kv_b = vec![T::from_f32(1.0); 2 * 80 * 128];
+        let mut out = vec![T::from_f32(0.0); 20 * 2 * 128];
+        let result = ViewMut::new(&mut out, [20, 2, 128]);
+        staged::mla_absorb_query(&sim, &spec, View::new(&x, [20, 2, 64]), View::new(&kv_b, [2, 80, 128]), result)
+            .unwrap();
+        assert!(out.iter().all(|x| x.to_f32() == 64.0));
+        for (entry, counters) in sim.take_counters() {
+            assert_eq!(counters.conflict_degree(), 1.0, "{entry}: bank conflicts");
+        }
+    }
+    check::<bf16>();
+    check::<f32>();
 }

@@ -1,8 +1,9 @@
-//! Linear layers.
+//! Linear layers, and the products of latent attention.
 
 use super::{Staged, StagedMut, vector};
 use gatefold::cuda::driver::Driver;
 use gatefold::cuda::{self, Queue};
+use gatefold::spec::Mla;
 use gatefold::{Element, Result, View, ViewMut};
 
 /// [`cuda::linear`].
@@ -43,5 +44,35 @@ pub fn linear_heads<T: Element, O: Element>(
     let (x, weight) = (Staged::new(driver, x)?, Staged::new(driver, weight)?);
     let mut result = StagedMut::new(driver, &out)?;
     cuda::linear_heads(&mut queue, x.view(), weight.view(), result.view())?;
+    result.finish(queue.stream(), out)
+}
+
+/// [`cuda::mla_absorb_query`].
+pub fn mla_absorb_query<T: Element>(
+    driver: &dyn Driver,
+    spec: &Mla,
+    q_nope: View<'_, T, 3>,
+    kv_b: View<'_, T, 3>,
+    out: ViewMut<'_, T, 3>,
+) -> Result<()> {
+    let mut queue = Queue::new(driver);
+    let (q_nope, kv_b) = (Staged::new(driver, q_nope)?, Staged::new(driver, kv_b)?);
+    let mut result = StagedMut::new(driver, &out)?;
+    cuda::mla_absorb_query(&mut queue, spec, q_nope.view(), kv_b.view(), result.view())?;
+    result.finish(queue.stream(), out)
+}
+
+/// [`cuda::mla_project_value`].
+pub fn mla_project_value<T: Element>(
+    driver: &dyn Driver,
+    spec: &Mla,
+    latent: View<'_, T, 3>,
+    kv_b: View<'_, T, 3>,
+    out: ViewMut<'_, T, 3>,
+) -> Result<()> {
+    let mut queue = Queue::new(driver);
+    let (latent, kv_b) = (Staged::new(driver, latent)?, Staged::new(driver, kv_b)?);
+    let mut result = StagedMut::new(driver, &out)?;
+    cuda::mla_project_value(&mut queue, spec, latent.view(), kv_b.view(), result.view())?;
     result.finish(queue.stream(), out)
 }

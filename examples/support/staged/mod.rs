@@ -16,7 +16,7 @@ mod route;
 pub use arrays::{Staged, StagedMut, vector};
 pub use attention::attention;
 pub use glue::{add, norm, sigmoid_mul};
-pub use linear::{linear, linear_heads, linear_with};
+pub use linear::{linear, linear_heads, linear_with, mla_absorb_query, mla_project_value};
 pub use merge::merge;
 pub use moe::{
     StagedExperts, StagedFfn, StagedMoe, StagedRouting, expert_ffn, expert_ffn_with, mlp, mlp_with, moe, moe_with,
