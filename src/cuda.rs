@@ -34,6 +34,7 @@ mod moe;
 mod norm;
 mod qkv;
 mod route;
+mod router_logits;
 mod rows;
 #[cfg(feature = "cuda")]
 mod sys;
@@ -65,3 +66,4 @@ pub use qkv::{
     kv_append, prepare_qkv, prepare_qkv_append, rope,
 };
 pub use route::{Route, RouteArgs, RouteInput, RouteOutput, RoutePlan, route};
+pub use router_logits::{RouterLogits, RouterLogitsArgs, RouterLogitsPlan, router_logits};

@@ -6,6 +6,7 @@ mod common;
 use common::data::Rng;
 use common::glue_case::*;
 use common::linear_case::{RetentionCase, WithState, WkvCase, assert_with_state, f32s};
+use common::routing::LogitsCase;
 use common::sums::{assert_sums, naive_sum, starts_for};
 use common::*;
 use gatefold::cpu::{self, Cpu, Float, Level, PackedLinear, PackedMla};
@@ -177,39 +178,16 @@ fn check_router_logits<T: Float>(
     layout: Layout,
     seed: u64,
 ) {
-    let mut rng = Rng::new(seed);
-    let mut spec = Router::new(experts, 1);
-    spec.jitter = jitter;
-    let x = array::<T, 2>(&mut rng, [n, hidden], layout);
-    let weight = Array::<T, 2>::new([experts, hidden], layout, &rng.normals(experts * hidden, 0.3));
-    let packed = PackedLinear::pack(weight.view()).unwrap();
-    let bias = rng.chance(0.5).then(|| vector(&mut rng, experts));
-    let bias = bias.as_deref();
-    let truth =
-        run([n, experts], layout, |out| reference::router_logits(&spec, x.view(), weight.view(), bias, seed, out));
-    let jittered: Vec<f32> = (0..n * hidden)
-        .map(|i| {
-            let u = gatefold::random::uniform(seed, (i / hidden) as u64, (i % hidden) as u64);
-            x.at([i / hidden, i % hidden]).to_f32() * (1.0 + jitter.unwrap_or(0.0) as f32 * (2.0 * u - 1.0))
-        })
-        .collect();
-    let naive: Vec<f32> = (0..n * experts)
-        .map(|i| {
-            let (t, e) = (i / experts, i % experts);
-            let terms: Vec<f32> = (0..hidden).map(|d| jittered[t * hidden + d] * weight.at([e, d]).to_f32()).collect();
-            naive_sum(&terms, bias.map_or(0.0, |b| b[e]), truth[i], starts_for(n * experts))
-        })
-        .collect();
+    let case = LogitsCase::<T, T>::new(n, hidden, experts, jitter, layout, seed);
+    let packed = PackedLinear::pack(case.weight.view()).unwrap();
     for (level, got) in at_every_level(|cpu| {
-        cpu.reserve(cpu::router_logits_workspace_bytes::<T>(cpu, &spec, &packed, n));
+        cpu.reserve(cpu::router_logits_workspace_bytes::<T>(cpu, &case.spec, &packed, n));
         let bytes = cpu.workspace_bytes();
-        let got = run::<f32, 2>([n, experts], layout, |out| {
-            cpu::router_logits(cpu, &spec, x.view(), &packed, bias, seed, out)
-        });
+        let got = case.run(|spec, x, _, bias, seed, out| cpu::router_logits(cpu, spec, x, &packed, bias, seed, out));
         assert_eq!(cpu.workspace_bytes(), bytes);
         got
     }) {
-        assert_sums(&format!("{level}"), &got, &truth, &naive, experts);
+        case.check(&level.to_string(), &got);
     }
 }
 

@@ -1,14 +1,16 @@
 //! What routing is held to, on any backend: ids to the bit, weights to the last bit of f32; and the cases that ask for it.
 
+use super::buffer::{Array, Layout, Output};
 use super::data::Rng;
 use super::moe_case::{RouteCase, RouteResult};
 use super::pairs::{self, Pairs};
+use super::sums::{assert_sums, naive_sum, starts_for};
 use super::tolerance::ulp;
 use gatefold::spec::{
     AuxLoss, Capacity, CapacityLimit, CapacityOrder, ExpertGroups, GroupScore, Renormalize, Router, Score,
     SecondExpert, SelectOn, Selection,
 };
-use gatefold::{Dtype, reference};
+use gatefold::{Dtype, Element, Result as Outcome, View, ViewMut, reference};
 
 /// Everything that is an integer is equal; weights are the truth rounded once, give or take the last bit; losses are within a few.
 ///
@@ -115,4 +117,64 @@ pub fn option_table(seed: u64, keep: impl Fn(&Router) -> bool) -> (Vec<(Router, 
         router.validate().is_ok() && (!bias || takes_bias(&router)) && no_capacity_options && keep(&router)
     });
     (table.rows.iter().map(|row| build(row)).collect(), table)
+}
+
+/// A call of `router_logits`.
+pub struct LogitsCase<T, W> {
+    pub spec: Router,
+    pub hidden: Array<T, 2>,
+    pub weight: Array<W, 2>,
+    pub bias: Option<Vec<f32>>,
+    pub seed: u64,
+    pub layout: Layout,
+}
+
+impl<T: Element, W: Element> LogitsCase<T, W> {
+    /// Hidden states of deviation 1 with awkward numbers between, weights of deviation 0.3, a bias in every other case.
+    pub fn new(n: usize, hidden: usize, experts: usize, jitter: Option<f64>, layout: Layout, seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let mut spec = Router::new(experts, 1);
+        spec.jitter = jitter;
+        let mut x = rng.normals::<T>(n * hidden, 1.0);
+        rng.sprinkle(&mut x);
+        let hidden = Array::new([n, hidden], layout, &x);
+        let weight = Array::new([experts, hidden.shape()[1]], layout, &rng.normals(experts * hidden.shape()[1], 0.3));
+        let bias = rng.chance(0.5).then(|| rng.normals(experts, 1.0));
+        LogitsCase { spec, hidden, weight, bias, seed, layout }
+    }
+
+    /// Runs it between guard values.
+    pub fn run<O: Element>(
+        &self,
+        logits: impl FnOnce(&Router, View<'_, T, 2>, View<'_, W, 2>, Option<&[f32]>, u64, ViewMut<'_, O, 2>) -> Outcome<()>,
+    ) -> Vec<O> {
+        let mut out = Output::new([self.hidden.shape()[0], self.spec.num_experts], self.layout);
+        let (hidden, weight) = (self.hidden.view(), self.weight.view());
+        logits(&self.spec, hidden, weight, self.bias.as_deref(), self.seed, out.view()).unwrap();
+        out.finish("logits")
+    }
+
+    /// Compares logits with the reference, by the error of the naive method.
+    #[track_caller]
+    pub fn check(&self, who: &str, got: &[f32]) {
+        let ([n, width], experts) = (self.hidden.shape(), self.spec.num_experts);
+        let truth = self.run(reference::router_logits);
+        let jitter = self.spec.jitter.unwrap_or(0.0) as f32;
+        let x: Vec<f32> = (0..n * width)
+            .map(|i| {
+                let (t, d) = (i / width, i % width);
+                let u = gatefold::random::uniform(self.seed, t as u64, d as u64);
+                self.hidden.at([t, d]).to_f32() * (1.0 + jitter * (2.0 * u - 1.0))
+            })
+            .collect();
+        let naive: Vec<f32> = (0..n * experts)
+            .map(|i| {
+                let (t, e) = (i / experts, i % experts);
+                let terms: Vec<f32> = (0..width).map(|d| x[t * width + d] * self.weight.at([e, d]).to_f32()).collect();
+                naive_sum(&terms, self.bias.as_ref().map_or(0.0, |b| b[e]), truth[i], starts_for(n * experts))
+            })
+            .collect();
+        let what = format!("{who}: {n} x {width} x {experts}, {} times {}, {:?}", T::DTYPE, W::DTYPE, self.spec.jitter);
+        assert_sums(&what, got, &truth, &naive, experts);
+    }
 }

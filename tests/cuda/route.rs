@@ -1,13 +1,17 @@
 //! Routing: experts and weights of each token, losses, the router's logits.
 
 use crate::common::data::Rng;
-use crate::common::routing::{awkward_logits, check_route, option_table, takes_bias};
-use crate::common::{RouteCase, RouteResult, seed, strategies};
+use crate::common::routing::{LogitsCase, awkward_logits, check_route, option_table, takes_bias};
+use crate::common::simulator::Simulator;
+use crate::common::{Layout, RouteCase, RouteResult, seed, strategies};
 use crate::{on_devices, on_gpu, staged};
-use gatefold::cuda::driver::Driver;
+use gatefold::Element;
+use gatefold::cuda::driver::{Buffer, Driver};
+use gatefold::cuda::{Route, RouteArgs, RoutePlan, RouterLogits, RouterLogitsArgs, RouterLogitsPlan, Stream};
 use gatefold::spec::{
     AuxLoss, ExpertGroups, GroupScore, Renormalize, Router, Score, SecondExpert, SelectOn, Selection,
 };
+use half::{bf16, f16};
 use proptest::prelude::*;
 use proptest::test_runner::{TestError, TestRunner};
 
@@ -230,4 +234,199 @@ fn same_bits_for_any_batch() {
             }
         }
     });
+}
+
+// --- the logits ---------------------------------------------------------------------------------------------------------
+
+fn check_logits<T: Element, W: Element>(driver: &dyn Driver) {
+    let mut seed = 0;
+    // Tokens around the tiles of 2, 8 and 32; experts around those of 4, 16 and 64; columns around a vector and a round.
+    for (n, experts, hidden) in [
+        (1, 1, 1),
+        (2, 3, 7),
+        (3, 16, 8),
+        (7, 17, 40),
+        (9, 5, 129),
+        (33, 33, 264),
+        (1, 65, 1030),
+        (8, 128, 512),
+        (5, 20, 1288),
+        (0, 4, 8),
+    ] {
+        for layout in [Layout::Contiguous, Layout::Padded] {
+            for jitter in [None, Some(0.1)] {
+                if jitter.is_some() && hidden > 512 {
+                    continue;
+                }
+                seed += 1;
+                let case = LogitsCase::<T, W>::new(n, hidden, experts, jitter, layout, seed);
+                case.check("cuda", &run_logits(driver, &case));
+            }
+        }
+    }
+}
+
+fn run_logits<T: Element, W: Element>(driver: &dyn Driver, case: &LogitsCase<T, W>) -> Vec<f32> {
+    case.run(|spec, x, w, bias, seed, out| staged::router_logits(driver, spec, x, w, bias, seed, out))
+}
+
+#[test]
+fn router_logits() {
+    on_devices(false, |driver| {
+        check_logits::<f32, f32>(driver);
+        check_logits::<f32, bf16>(driver);
+        check_logits::<f32, f16>(driver);
+        check_logits::<bf16, f32>(driver);
+        check_logits::<bf16, bf16>(driver);
+        check_logits::<bf16, f16>(driver);
+        check_logits::<f16, f32>(driver);
+        check_logits::<f16, bf16>(driver);
+        check_logits::<f16, f16>(driver);
+    });
+}
+
+/// The bits of a logit depend on its two rows alone: not on other tokens, nor on the tile, nor on where the rows lie.
+fn check_logits_bits<T: Element, W: Element>(driver: &dyn Driver) {
+    let (n, hidden, experts) = (70, 296, 70);
+    let mut case = LogitsCase::<T, W>::new(n, hidden, experts, None, Layout::Contiguous, 3);
+    case.bias = None;
+    let all = run_logits(driver, &case);
+    let (x, w) = (Buffer::from_slice(driver, &case.hidden.values()), Buffer::from_slice(driver, &case.weight.values()));
+    let (x, w, out) = (x.unwrap(), w.unwrap(), Buffer::from_slice(driver, &vec![0.0f32; n * experts]).unwrap());
+    let mut names = std::collections::BTreeSet::new();
+    for num_sms in [1, 10, 1000] {
+        let mut problem = RouterLogits::new(T::DTYPE, n, experts, hidden);
+        problem.weight_dtype = W::DTYPE;
+        let plan =
+            RouterLogitsPlan::new(&problem, &gatefold::cuda::driver::Limits::new(80, num_sms, 99 << 10)).unwrap();
+        names.insert(plan.kernel());
+        // SAFETY: the buffers hold the plan's arrays and outlive the read, which waits.
+        unsafe {
+            plan.warmup(driver).unwrap();
+            plan.launch(driver, &RouterLogitsArgs::new(x.ptr(), w.ptr(), out.ptr()), Stream::LEGACY).unwrap();
+        }
+        assert_eq!(bits(&out.to_vec::<f32>(Stream::LEGACY).unwrap()), bits(&all), "{}", plan.kernel());
+    }
+    let tiles = if T::DTYPE == W::DTYPE && T::DTYPE != gatefold::Dtype::F32 { 3 } else { 2 };
+    assert_eq!(names.len(), tiles, "every tile: {names:?}");
+    case.layout = Layout::Padded; // rows at odd places
+    case.hidden = case.hidden.with_layout(Layout::Padded);
+    case.weight = case.weight.with_layout(Layout::Padded);
+    assert_eq!(bits(&run_logits(driver, &case)), bits(&all));
+    for t in [0, 1, 69] {
+        let mut one = LogitsCase::<T, W>::new(1, hidden, experts, None, Layout::Contiguous, 3);
+        let row = &case.hidden.values()[t * hidden..(t + 1) * hidden];
+        one.hidden = crate::common::Array::new([1, hidden], Layout::Contiguous, row);
+        (one.weight, one.bias) = (case.weight.clone(), None);
+        assert_eq!(bits(&run_logits(driver, &one)), bits(&all[t * experts..(t + 1) * experts]), "token {t} alone");
+    }
+}
+
+#[test]
+fn router_logits_bits() {
+    on_devices(true, |driver| {
+        check_logits_bits::<bf16, bf16>(driver);
+        check_logits_bits::<f16, f16>(driver);
+        check_logits_bits::<f32, f32>(driver);
+        check_logits_bits::<bf16, f32>(driver);
+        check_logits_bits::<f32, f16>(driver);
+    });
+}
+
+// --- far rows and counters ----------------------------------------------------------------------------------------------
+
+/// Rows more than 2^31 elements apart: offsets that do not fit 32 bits (vllm-project/vllm#34279). Needs 26 GB on the device.
+fn check_far_rows(driver: &dyn Driver) {
+    let (stride, experts) = ((1_usize << 31) + 64, 40);
+    let far = |width: usize| Buffer::new(driver, (stride + width) * 4).unwrap();
+    let (logits, ids, weights) = (far(experts), far(2), far(2));
+    let near: Vec<f32> = Rng::new(5).normals(2 * experts, 2.0);
+    for (row, address) in near.chunks_exact(experts).zip([logits.ptr(), logits.ptr() + 4 * stride as u64]) {
+        // SAFETY: both addresses have room for a row, and nothing runs.
+        unsafe { driver.copy_to_device(address, bytemuck::cast_slice(row)).unwrap() };
+    }
+    let router = Router::new(experts, 2);
+    let mut problem = Route::new(&router, 2);
+    (problem.logits_stride, problem.topk_ids_stride, problem.topk_weights_stride) = (stride, stride, stride);
+    let plan = RoutePlan::new(&problem).unwrap();
+    // SAFETY: the buffers hold two rows `stride` apart and outlive the reads below, which wait.
+    unsafe {
+        plan.warmup(driver).unwrap();
+        let args = RouteArgs::new(logits.ptr(), ids.ptr(), weights.ptr());
+        plan.launch(driver, &args, Stream::LEGACY).unwrap();
+    }
+    driver.synchronize(Stream::LEGACY).unwrap();
+    let want = run(driver, &RouteCase::with_logits(&router, 2, &near, 1));
+    for (t, (ids, weights)) in
+        [(ids.ptr(), weights.ptr()), (ids.ptr() + 4 * stride as u64, weights.ptr() + 4 * stride as u64)]
+            .into_iter()
+            .enumerate()
+    {
+        let (mut found_ids, mut found_weights) = ([0i32; 2], [0f32; 2]);
+        // SAFETY: both addresses hold a row, and nothing runs.
+        unsafe {
+            driver.copy_to_host(bytemuck::cast_slice_mut(&mut found_ids), ids).unwrap();
+            driver.copy_to_host(bytemuck::cast_slice_mut(&mut found_weights), weights).unwrap();
+        }
+        assert_eq!(found_ids, want.ids[2 * t..2 * t + 2]);
+        assert_eq!(bits(&found_weights), bits(&want.weights[2 * t..2 * t + 2]));
+    }
+}
+
+#[test]
+fn far_rows() {
+    check_far_rows(&Simulator::new(false));
+}
+
+/// Many models' case, 64 tokens, 128 experts, top 8 renormalised: whole sectors, and instructions that do not grow unseen.
+#[test]
+fn counters_of_top_k() {
+    let simulator = Simulator::new(false);
+    let driver: &dyn Driver = &simulator;
+    let mut router = Router::new(128, 8);
+    router.renormalize = Renormalize::sum();
+    let logits: Vec<f32> = Rng::new(1).normals(64 * 128, 2.0);
+    let logits = Buffer::from_slice(driver, &logits).unwrap();
+    let (ids, weights) = (Buffer::new(driver, 64 * 32).unwrap(), Buffer::new(driver, 64 * 32).unwrap());
+    let plan = RoutePlan::new(&Route::new(&router, 64)).unwrap();
+    // SAFETY: the buffers hold the plan's arrays; the simulator has run the work when the call returns.
+    unsafe {
+        plan.launch(driver, &RouteArgs::new(logits.ptr(), ids.ptr(), weights.ptr()), Stream::LEGACY).unwrap();
+    }
+    let counters = simulator.take_counters();
+    let [(entry, c)] = &counters[..] else { panic!("{counters:?}") };
+    assert_eq!(*entry, "gatefold_route_e128");
+    println!("{c:?}");
+    // Per token: 16 sectors of logits, one of ids, one of weights; and the chosen logits again, 8 words in at most 8 sectors.
+    assert!(c.global_sectors <= 64 * (16 + 1 + 1 + 8), "{}", c.global_sectors);
+    assert_eq!(c.global_bytes, 64 * (512 + 32 + 32 + 32));
+    assert_eq!(c.shared_requests, 0);
+    assert_eq!(c.instructions, 64 * 498);
+}
+
+/// 64 tokens, 128 experts, 2048 columns of bf16: whole sectors, no bank conflict, each matrix once per tile of the other.
+#[test]
+fn counters_of_logits() {
+    let simulator = Simulator::new(false);
+    let driver: &dyn Driver = &simulator;
+    let (n, experts, hidden) = (64, 128, 2048);
+    let case = LogitsCase::<bf16, bf16>::new(n, hidden, experts, None, Layout::Contiguous, 1);
+    let x = Buffer::from_slice(driver, &case.hidden.values()).unwrap();
+    let w = Buffer::from_slice(driver, &case.weight.values()).unwrap();
+    let out = Buffer::new(driver, n * experts * 4).unwrap();
+    let problem = RouterLogits::new(gatefold::Dtype::BF16, n, experts, hidden);
+    let plan = RouterLogitsPlan::new(&problem, &driver.limits()).unwrap();
+    // SAFETY: the buffers hold the plan's arrays; the simulator has run the work when the call returns.
+    unsafe { plan.launch(driver, &RouterLogitsArgs::new(x.ptr(), w.ptr(), out.ptr()), Stream::LEGACY).unwrap() };
+    let counters = simulator.take_counters();
+    let [(entry, c)] = &counters[..] else { panic!("{counters:?}") };
+    assert_eq!(*entry, "gatefold_router_logits_mma_bf16_16x8");
+    println!("{c:?}");
+    let tiles = (n / 8 * (experts / 16)) as u64;
+    let bytes = tiles * (24 * hidden * 2) as u64 + (n * experts * 4) as u64;
+    assert_eq!(c.global_bytes, bytes);
+    assert_eq!(c.global_sectors, bytes / 32);
+    assert_eq!(c.conflict_degree(), 1.0);
+    assert_eq!(c.mma_flops, 2 * (n * experts * hidden) as u64);
+    assert_eq!(c.instructions, 140_288);
 }

@@ -23,4 +23,4 @@ pub use moe::{
     router_logits_with,
 };
 pub use qkv::{kv_append, prepare_qkv, prepare_qkv_append, rope};
-pub use route::{StagedRoute, route};
+pub use route::{StagedRoute, route, router_logits};

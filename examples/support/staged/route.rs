@@ -4,7 +4,7 @@ use super::{Staged, StagedMut, vector};
 use gatefold::cuda::driver::Driver;
 use gatefold::cuda::{self, Queue};
 use gatefold::spec::Router;
-use gatefold::{Result, ViewMut, args};
+use gatefold::{Element, Result, View, ViewMut, args};
 
 /// As `cpu::route`.
 pub fn route(
@@ -26,6 +26,25 @@ pub fn route(
     let mut there = StagedRoute::new(driver, output)?;
     cuda::route(&mut queue, spec, &on_device, there.output())?;
     there.finish(queue.stream())
+}
+
+/// As `cpu::router_logits`, with the weight as it is.
+pub fn router_logits<T: Element, W: Element>(
+    driver: &dyn Driver,
+    spec: &Router,
+    hidden: View<'_, T, 2>,
+    weight: View<'_, W, 2>,
+    bias: Option<&[f32]>,
+    seed: u64,
+    logits: ViewMut<'_, f32, 2>,
+) -> Result<()> {
+    let mut queue = Queue::new(driver);
+    let (hidden, weight) = (Staged::new(driver, hidden)?, Staged::new(driver, weight)?);
+    let bias = bias.map(|bias| vector(driver, bias)).transpose()?;
+    let mut out = StagedMut::new(driver, &logits)?;
+    let bias = bias.as_ref().map(Staged::view);
+    cuda::router_logits(&mut queue, spec, hidden.view(), weight.view(), bias, seed, out.view())?;
+    out.finish(queue.stream(), logits)
 }
 
 /// Where a routing goes: copies on the device, and the arrays of the host that get them back.

@@ -205,3 +205,99 @@ impl RoutePlan {
 fn clear_kernel() -> &'static Kernel {
     &route_clear::INSTANCES[0].kernel
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::{AuxLoss, Renormalize, Router, Score, Selection};
+
+    fn kernels(problem: &Route) -> Vec<&'static str> {
+        RoutePlan::new(problem).unwrap().kernels()
+    }
+
+    #[test]
+    fn which_kernels() {
+        for (experts, entry) in [
+            (1, "gatefold_route_e32"),
+            (32, "gatefold_route_e32"),
+            (33, "gatefold_route_e64"),
+            (128, "gatefold_route_e128"),
+            (160, "gatefold_route_e256"),
+            (384, "gatefold_route_e512"),
+            (1024, "gatefold_route_e1024"),
+        ] {
+            assert_eq!(kernels(&Route::new(&Router::new(experts, 1), 5)), ["gatefold_route_clear_f64", entry]);
+        }
+        let mut router = Router::new(12, 2);
+        router.selection = Selection::Prototypes;
+        assert_eq!(kernels(&Route::new(&router, 5))[1], "gatefold_route_prototypes_f32");
+        router.selection = Selection::SparseMixer { jitter_eps: 0.1 };
+        router.aux_loss = Some(AuxLoss::TopK);
+        let with_losses = Route { aux_loss: true, ..Route::new(&router, 5) };
+        assert_eq!(kernels(&with_losses)[1], "gatefold_route_sparse_mixer_f32");
+        assert_eq!(kernels(&with_losses)[2], "gatefold_route_losses_e32");
+        // One chunk of 5 tokens: 2 * 12 + 2 sums; one group: 3. Parts begin at multiples of 256 bytes.
+        assert_eq!(RoutePlan::new(&with_losses).unwrap().workspace_bytes(), 256 + 256);
+    }
+
+    #[test]
+    fn plans_tell_routers_apart() {
+        let plan = |edit: fn(&mut Router)| {
+            let mut router = Router::new(16, 2);
+            edit(&mut router);
+            RoutePlan::new(&Route::new(&router, 3)).unwrap()
+        };
+        let first = plan(|_| {});
+        assert_eq!(first, plan(|_| {}));
+        assert_ne!(first, plan(|r| r.score = Score::Sigmoid));
+        assert_ne!(first, plan(|r| r.renormalize = Renormalize::L2));
+        assert_ne!(first, plan(|r| r.scaling_factor = 1.5));
+    }
+
+    #[test]
+    fn bad_problems() {
+        let message = |problem: Route| RoutePlan::new(&problem).unwrap_err().to_string();
+        let good = || Route::new(&Router::new(16, 2), 3);
+        assert_eq!(message(Route::new(&Router::new(1025, 2), 3)), "unsupported by cuda: 1025 experts (at most 1024)");
+        assert_eq!(
+            message(Route::new(&Router::new(64, 33), 3)),
+            "unsupported by cuda: 33 experts per token (at most 32)"
+        );
+        assert_eq!(
+            message(Route { topk_ids_stride: 1, ..good() }),
+            "`topk_ids` has strides [1, 1], expected rows that do not overlap (at least 2 apart)"
+        );
+        assert_eq!(
+            message(Route { aux_loss: true, ..good() }),
+            "`aux_loss` is given, expected it to be absent: the specification names no auxiliary loss"
+        );
+        assert_eq!(
+            message(Route { num_tokens: 1 << 31, ..good() }),
+            "`num_tokens` is 2147483648, expected at most 2147483647"
+        );
+    }
+
+    #[test]
+    fn bad_arguments() {
+        let plan = RoutePlan::new(&Route::new(&Router::new(16, 2), 3)).unwrap();
+        let message = |args: RouteArgs| plan.check(&args).unwrap_err().to_string();
+        let good = RouteArgs::new(0x1000, 0x2000, 0x3000);
+        assert!(plan.check(&good).is_ok());
+        assert_eq!(
+            message(RouteArgs { logits: 0x1002, ..good }),
+            "`logits` is 0x1002, expected a device pointer that is a multiple of 4"
+        );
+        assert_eq!(
+            message(RouteArgs { dropped: Some(0x4004), ..good }),
+            "`dropped` is 0x4004, expected a device pointer that is a multiple of 8"
+        );
+        assert_eq!(
+            message(RouteArgs { topk_weights: 0x1004, ..good }),
+            "`topk_weights` overlaps `logits`, expected separate memory"
+        );
+        assert_eq!(
+            message(RouteArgs { selection_bias: Some(0x5000), ..good }),
+            "`selection_bias` is given, expected it to be absent: the plan has none"
+        );
+    }
+}
