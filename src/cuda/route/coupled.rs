@@ -48,7 +48,15 @@ pub(super) struct Coupled {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Choice {
     Experts(Box<ExpertChoice>),
-    Tokens { sinkhorn: Option<Sinkhorn>, tokens: Tokens, drop: Option<Box<Drop>> },
+    Tokens(Box<TokenChoice>),
+}
+
+/// Tokens choose; what comes before and after.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct TokenChoice {
+    sinkhorn: Option<Sinkhorn>,
+    tokens: Tokens,
+    drop: Option<Drop>,
 }
 
 impl Coupled {
@@ -63,11 +71,11 @@ impl Coupled {
                 _ => None,
             };
             let gives = if drops(spec) { Gives::Scores } else { Gives::Weights };
-            Choice::Tokens {
+            Choice::Tokens(Box::new(TokenChoice {
                 tokens: Tokens::new(problem, gives, sinkhorn.is_some())?,
-                drop: if drops(spec) { Some(Box::new(Drop::new(problem, parts)?)) } else { None },
+                drop: if drops(spec) { Some(Drop::new(problem, parts)?) } else { None },
                 sinkhorn,
-            }
+            }))
         };
         Ok(Coupled { num_tokens: problem.num_tokens, choice })
     }
@@ -76,10 +84,11 @@ impl Coupled {
     pub(super) fn kernels(&self) -> Vec<&'static Kernel> {
         match &self.choice {
             Choice::Experts(choice) => choice.kernels(),
-            Choice::Tokens { sinkhorn, tokens, drop } => {
+            Choice::Tokens(choice) => {
+                let TokenChoice { sinkhorn, tokens, drop } = &**choice;
                 let mut kernels = sinkhorn.as_ref().map_or(Vec::new(), Sinkhorn::kernels);
                 kernels.push(tokens.kernel());
-                kernels.extend(drop.as_ref().map_or(Vec::new(), |drop| drop.kernels()));
+                kernels.extend(drop.as_ref().map_or(Vec::new(), Drop::kernels));
                 kernels
             }
         }
@@ -93,21 +102,26 @@ impl Coupled {
         if self.num_tokens == 0 {
             return Ok(());
         }
-        // SAFETY: the caller's promise, also below: every step finds its arrays in the part of the workspace that it laid out.
         match &self.choice {
+            // SAFETY: the caller's promise; every step finds its arrays in the part of the workspace that it laid out.
             Choice::Experts(choice) => unsafe { choice.launch(driver, args, stream) },
-            Choice::Tokens { sinkhorn, tokens, drop } => {
+            Choice::Tokens(choice) => {
+                let TokenChoice { sinkhorn, tokens, drop } = &**choice;
                 let mut extra = Extra::default();
                 if let Some(sinkhorn) = sinkhorn {
+                    // SAFETY: as above.
                     extra.values = unsafe { sinkhorn.launch(driver, args, stream)? };
                 }
                 match drop {
                     Some(drop) => extra.scores = drop.scores(args),
                     None => extra.counts = args.tokens_per_expert.unwrap_or(0),
                 }
-                unsafe {
-                    tokens.launch(driver, args, extra, stream)?;
-                    drop.as_ref().map_or(Ok(()), |drop| drop.launch(driver, args, stream))
+                // SAFETY: as above; what the choice reads and writes is what it was planned for.
+                unsafe { tokens.launch(driver, args, extra, stream)? };
+                match drop {
+                    // SAFETY: as above.
+                    Some(drop) => unsafe { drop.launch(driver, args, stream) },
+                    None => Ok(()),
                 }
             }
         }
