@@ -501,7 +501,7 @@ fn nan_of_another_sequence_1745() {
         options.dense_mask = DenseMask::PerKey;
         let mut case = AttentionCase::<f16>::new(&options, 9);
         let mask = case.mask.as_mut().unwrap();
-        [0, 31, 270].map(|j| mask.set([1, 0, 0, j], 0));
+        [0, 31, 270].iter().for_each(|j| mask.set([1, 0, 0, *j], 0));
         let clean = attend(&case);
         for j in [0, 31, 270] {
             let [block, row] = case.place(1, j);

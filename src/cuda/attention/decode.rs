@@ -104,7 +104,7 @@ impl DecodePlan {
                         dynamic_shared_bytes: i.shared_bytes,
                     })
                     .filter(fits);
-                if is_shared { fitting.last() } else { fitting.next() }
+                if is_shared { fitting.next_back() } else { fitting.next() }
             };
             aligned = find(true, false);
             shared_kv = find(true, true);
