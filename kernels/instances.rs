@@ -47,6 +47,8 @@ mod gemm;
 mod glue;
 #[path = "instances/group.rs"]
 mod group;
+#[path = "instances/linear_attention.rs"]
+mod linear_attention;
 #[path = "instances/route.rs"]
 mod route;
 
@@ -58,6 +60,7 @@ pub fn instances() -> Vec<Instance> {
     decode::add(&mut table);
     gemm::add(&mut table);
     glue::add(&mut table);
+    linear_attention::add(&mut table);
     group::add(&mut table);
     route::add(&mut table);
     table

@@ -33,11 +33,13 @@ mod mla;
 mod moe;
 mod norm;
 mod qkv;
+mod retention;
 mod route;
 mod router_logits;
 mod rows;
 #[cfg(feature = "cuda")]
 mod sys;
+mod wkv;
 
 pub use attention::{
     AttentionArgs, AttentionInput, AttentionOutput, AttentionPlan, AttentionProblem, Kv, KvShape, Merge, MergeArgs,
@@ -65,5 +67,7 @@ pub use qkv::{
     KvCache, KvCacheMut, KvRows, QkvArgs, QkvArrays, QkvCache, QkvInput, QkvOutput, QkvPlan, QkvProblem, RopeTable,
     kv_append, prepare_qkv, prepare_qkv_append, rope,
 };
+pub use retention::{RetentionArgs, RetentionInput, RetentionOutput, RetentionPlan, RetentionProblem, retention};
 pub use route::{Route, RouteArgs, RouteInput, RouteOutput, RoutePlan, route};
 pub use router_logits::{RouterLogits, RouterLogitsArgs, RouterLogitsPlan, router_logits};
+pub use wkv::{WkvArgs, WkvInput, WkvOutput, WkvPlan, WkvProblem, wkv};

@@ -19,6 +19,7 @@ mod decode;
 mod gemm;
 mod glue;
 mod group;
+mod linear_attention;
 mod moe;
 mod route;
 

@@ -8,6 +8,7 @@ mod arrays;
 mod attention;
 mod glue;
 mod linear;
+mod linear_attention;
 mod merge;
 mod moe;
 mod qkv;
@@ -16,7 +17,9 @@ mod route;
 pub use arrays::{Staged, StagedMut, vector};
 pub use attention::attention;
 pub use glue::{add, norm, sigmoid_mul};
+pub use linear::{linear, linear_heads, linear_with};
 pub use linear::{linear, linear_heads, linear_with, mla_absorb_query, mla_project_value};
+pub use linear_attention::{retention, wkv};
 pub use merge::merge;
 pub use moe::{
     StagedExperts, StagedFfn, StagedMoe, StagedRouting, expert_ffn, expert_ffn_with, mlp, mlp_with, moe, moe_with,
