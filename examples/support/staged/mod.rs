@@ -17,7 +17,6 @@ mod route;
 pub use arrays::{Staged, StagedMut, vector};
 pub use attention::attention;
 pub use glue::{add, norm, sigmoid_mul};
-pub use linear::{linear, linear_heads, linear_with};
 pub use linear::{linear, linear_heads, linear_with, mla_absorb_query, mla_project_value};
 pub use linear_attention::{retention, wkv};
 pub use merge::merge;
