@@ -65,7 +65,7 @@ fn run(options: &Options) -> Result<bool, String> {
     #[cfg(feature = "cuda")]
     let device: gatefold::cuda::Device;
     #[cfg(gatefold_simulator)]
-    let simulator = support::simulator::Simulator::new(true);
+    let simulator = support::simulator::Simulator::new(false);
     let runner = match options.backend {
         BackendName::Reference => Runner::Reference,
         BackendName::Cpu => Runner::Cpu(match &options.level {

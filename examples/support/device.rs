@@ -75,13 +75,13 @@ impl<'d, T: Float> Backend for DeviceBackend<'d, T> {
     }
     fn norm<const N: usize>(
         &mut self,
-        _: &Norm,
-        _: View<'_, T, N>,
-        _: Option<&[f32]>,
-        _: Option<&[f32]>,
-        _: ViewMut<'_, T, N>,
+        spec: &Norm,
+        x: View<'_, T, N>,
+        weight: Option<&[f32]>,
+        bias: Option<&[f32]>,
+        out: ViewMut<'_, T, N>,
     ) -> Result<()> {
-        unsupported("norm")
+        staged::norm(self.driver, spec, x, weight, bias, out)
     }
     fn linear(
         &mut self,
@@ -92,21 +92,21 @@ impl<'d, T: Float> Backend for DeviceBackend<'d, T> {
     ) -> Result<()> {
         staged::linear_with(self.driver, x, weight, bias, out)
     }
-    fn prepare_qkv(&mut self, _: &QkvPrep, _: &QkvInput<'_, T, f32>, _: QkvOutput<'_, T>) -> Result<()> {
-        unsupported("prepare_qkv")
+    fn prepare_qkv(&mut self, spec: &QkvPrep, input: &QkvInput<'_, T, f32>, output: QkvOutput<'_, T>) -> Result<()> {
+        staged::prepare_qkv(self.driver, spec, input, output)
     }
     fn rope(
         &mut self,
-        _: &Rope,
-        _: View<'_, T, 3>,
-        _: &[u32],
-        _: &RopeTable<'_, f32>,
-        _: ViewMut<'_, T, 3>,
+        spec: &Rope,
+        x: View<'_, T, 3>,
+        positions: &[u32],
+        table: &RopeTable<'_, f32>,
+        out: ViewMut<'_, T, 3>,
     ) -> Result<()> {
-        unsupported("rope")
+        staged::rope(self.driver, spec, x, positions, table, out)
     }
-    fn kv_append(&mut self, _: &KvCache<'_, T>, _: KvCacheMut<'_, T>) -> Result<()> {
-        unsupported("kv_append")
+    fn kv_append(&mut self, input: &KvCache<'_, T>, cache: KvCacheMut<'_, T>) -> Result<()> {
+        staged::kv_append(self.driver, input, cache)
     }
     fn attention(
         &mut self,
@@ -134,11 +134,11 @@ impl<'d, T: Float> Backend for DeviceBackend<'d, T> {
     ) -> Result<()> {
         unsupported("mla_project_value")
     }
-    fn sigmoid_mul(&mut self, _: View<'_, T, 2>, _: View<'_, T, 2>, _: ViewMut<'_, T, 2>) -> Result<()> {
-        unsupported("sigmoid_mul")
+    fn sigmoid_mul(&mut self, x: View<'_, T, 2>, gate: View<'_, T, 2>, out: ViewMut<'_, T, 2>) -> Result<()> {
+        staged::sigmoid_mul(self.driver, x, gate, out)
     }
-    fn add(&mut self, _: View<'_, T, 2>, _: View<'_, T, 2>, _: f64, _: ViewMut<'_, T, 2>) -> Result<()> {
-        unsupported("add")
+    fn add(&mut self, x: View<'_, T, 2>, y: View<'_, T, 2>, multiplier: f64, out: ViewMut<'_, T, 2>) -> Result<()> {
+        staged::add(self.driver, x, y, multiplier, out)
     }
     fn mlp(&mut self, spec: &Ffn, x: View<'_, T, 2>, weights: &StagedFfn<'d, T>, out: ViewMut<'_, T, 2>) -> Result<()> {
         staged::mlp_with(self.driver, spec, x, weights, out)

@@ -10,7 +10,7 @@ use super::cpu::CpuBackend;
 use super::device::DeviceBackend;
 use super::layer::{AttentionWeights, Cache, LayerWeights, NormWeights, Options, PackedLayer, Projection, Rows, run};
 use super::measure::{Contract, relative_error};
-use super::naive::Naive;
+use super::naive::{DEVICES, Naive};
 use super::stored::Stored;
 use super::tensors::Tensors;
 use gatefold::args::{

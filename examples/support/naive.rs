@@ -13,23 +13,34 @@ use gatefold::spec::*;
 use gatefold::{Element, Result, View, ViewMut, reference};
 use std::marker::PhantomData;
 
+/// Names of backends that store as the CUDA backend does.
+pub const DEVICES: [&str; 2] = ["cuda", "simulator"];
+
 /// Naive computation with activations of type `T`.
 pub struct Naive<T> {
-    /// The level multiplies in the storage type (pairs of bf16): probabilities and weighted inputs are rounded to it, too, and
-    /// the instruction adds the second product of a pair first.
-    rounds_factors: bool,
+    /// The level multiplies pairs of bf16: probabilities and weighted inputs are rounded to it, too, and the instruction adds the
+    /// second product of a pair first.
+    pairs: bool,
+    /// The tensor cores of a device multiply in the storage type, and the results of experts are kept in it. Weights on the input
+    /// multiply the sums.
+    device: bool,
     _type: PhantomData<T>,
 }
 
 impl<T: Element> Naive<T> {
-    /// As the CPU level of this name stores.
+    /// As the CPU level or the device of this name stores.
     pub fn for_level(level: &str) -> Self {
-        let rounds_factors = level == "avx512bf16" && T::DTYPE == gatefold::Dtype::BF16;
-        Naive { rounds_factors, _type: PhantomData }
+        let pairs = level == "avx512bf16" && T::DTYPE == gatefold::Dtype::BF16;
+        Naive { pairs, device: DEVICES.contains(&level), _type: PhantomData }
     }
 
     fn factor(&self, x: f32) -> f32 {
-        if self.rounds_factors { T::from_f32(x).to_f32() } else { x }
+        if self.pairs || self.device { T::from_f32(x).to_f32() } else { x }
+    }
+
+    /// The result of an expert as it is kept for the sum.
+    fn kept(&self, y: f32) -> f32 {
+        if self.device { T::from_f32(y).to_f32() } else { y }
     }
 
     /// One block on one row: `x` in f32, result in f32 before it is stored.
@@ -38,12 +49,12 @@ impl<T: Element> Naive<T> {
         let (inter, hidden) = (spec.intermediate_size, spec.hidden_size);
         let row: Vec<f32> = (0..inter)
             .map(|i| {
-                let up = up.dot(x, w.index * inter + i, self.rounds_factors) + w.bias(1, i, inter);
-                let gate = gate.map(|g| g.dot(x, w.index * inter + i, self.rounds_factors) + w.bias(0, i, inter));
+                let up = up.dot(x, w.index * inter + i, self.pairs) + w.bias(1, i, inter);
+                let gate = gate.map(|g| g.dot(x, w.index * inter + i, self.pairs) + w.bias(0, i, inter));
                 self.factor(inner(spec.activation, gate, up))
             })
             .collect();
-        (0..hidden).map(|o| down.dot(&row, w.index * hidden + o, self.rounds_factors) + w.bias(2, o, hidden)).collect()
+        (0..hidden).map(|o| down.dot(&row, w.index * hidden + o, self.pairs) + w.bias(2, o, hidden)).collect()
     }
 
     fn routed(&self, spec: &ExpertFfn, x: &[f32], ids: &[i32], weights: &[f32], w: &dyn Block) -> Vec<f32> {
@@ -53,12 +64,13 @@ impl<T: Element> Naive<T> {
         for k in order {
             let Some(e) = spec.local_expert(ids[k]) else { continue };
             let row = FfnRow { block: w, index: e };
-            let y = match spec.weight_on {
+            let y: Vec<f32> = match spec.weight_on {
                 WeightOn::Input => {
-                    let scaled: Vec<f32> = x.iter().map(|v| self.factor(v * weights[k])).collect();
-                    self.ffn(&spec.ffn, &scaled, &row)
+                    let round = |x: f32| if self.pairs { T::from_f32(x).to_f32() } else { x };
+                    let scaled: Vec<f32> = x.iter().map(|v| round(v * weights[k])).collect();
+                    self.ffn(&spec.ffn, &scaled, &row).iter().map(|y| self.kept(*y)).collect()
                 }
-                _ => self.ffn(&spec.ffn, x, &row).iter().map(|y| y * weights[k]).collect(),
+                _ => self.ffn(&spec.ffn, x, &row).iter().map(|y| self.kept(*y) * weights[k]).collect(),
             };
             for (s, y) in sum.iter_mut().zip(y) {
                 *s += y;
@@ -152,7 +164,7 @@ impl<T: Element> Backend for Naive<T> {
         bias: Option<&[f32]>,
         out: ViewMut<'_, T, 2>,
     ) -> Result<()> {
-        let ([outs, _], odd_first) = (weight.size(), self.rounds_factors);
+        let ([outs, _], odd_first) = (weight.size(), self.pairs);
         in_blocks(x, out, |x, mut out| {
             for t in 0..x.shape()[0] {
                 let row = load(x.row(&[t]));
@@ -386,7 +398,7 @@ impl<T: Element> Backend for Naive<T> {
         for t in 0..hidden.shape()[0] {
             let x = load(hidden.row(&[t]));
             for e in 0..experts {
-                logits.set([t, e], router.dot(&x, e, self.rounds_factors) + bias.map_or(0.0, |b| b[e] as f32));
+                logits.set([t, e], router.dot(&x, e, self.pairs) + bias.map_or(0.0, |b| b[e] as f32));
             }
         }
         Ok(())
@@ -445,9 +457,9 @@ impl<T: Element> Backend for Naive<T> {
             let (ids, w) = (routing.topk_ids.row(&[t]), routing.topk_weights.row(&[t]));
             let mut y = self.routed(&spec.experts, &x, ids, w, weights.experts());
             if let (Some(shared), Some((block, gate))) = (&spec.shared, weights.shared()) {
-                let gate = gate.map_or(1.0, |g| sigmoid(g.dot(&x, 0, self.rounds_factors)));
+                let gate = gate.map_or(1.0, |g| sigmoid(g.dot(&x, 0, self.pairs)));
                 for (y, s) in y.iter_mut().zip(self.ffn(&shared.ffn, &x, &FfnRow { block, index: 0 })) {
-                    *y += gate * s;
+                    *y += gate * self.kept(s);
                 }
             }
             store(out.row_mut(&[t]), &y);
