@@ -11,6 +11,7 @@ pub mod backend;
 pub mod checkpoint;
 pub mod cpu;
 pub mod device;
+pub mod folder;
 pub mod golden;
 pub mod layer;
 pub mod measure;
