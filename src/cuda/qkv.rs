@@ -487,7 +487,7 @@ impl QkvPlan {
                 let same = i == j && output.ptr == input.ptr && [row, head] == self.arrays[i].strides;
                 let cached = i > 0 && self.cache.is_some();
                 let moves = i < 2 && self.rotary_half > 0 && self.style == TO_HALF;
-                if !(same && block == 0 && !cached && !moves) {
+                if !same || block != 0 || cached || moves {
                     output.check_separate(input)?;
                 }
             }
