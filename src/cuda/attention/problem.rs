@@ -555,3 +555,116 @@ macro_rules! attention_params {
     }};
 }
 pub(super) use attention_params;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::RelativeBias;
+
+    fn problem() -> AttentionProblem {
+        AttentionProblem::new(Attention::causal(4, 2, 64), Dtype::BF16, 2, 30, KvShape::ragged(50))
+    }
+
+    fn message(change: impl FnOnce(&mut AttentionProblem)) -> String {
+        let mut problem = problem();
+        change(&mut problem);
+        Geometry::new(&problem).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn bad_problems() {
+        assert_eq!(
+            message(|p| p.dtype = Dtype::F64),
+            "`q, k, v and out` has element type f64, expected bf16, f16 or f32"
+        );
+        assert_eq!(message(|p| p.num_seqs = 1 << 31), "`num_seqs` is 2147483648, expected 0 to 2147483647");
+        assert_eq!(message(|p| p.kv = KvShape::paged(4, 0, 4)), "`kv.page_size` is 0, expected 1 to 2147483647");
+        assert_eq!(
+            message(|p| p.spec.softmax_scale = 1e300),
+            format!("`softmax_scale` is {}, expected a positive number that is normal in f32", 1e300)
+        );
+        assert_eq!(
+            message(|p| p.alibi_positions_stride = Some(0)),
+            "`alibi_positions` is given, expected it to be absent: the specification has no ALiBi"
+        );
+        assert_eq!(
+            message(|p| p.spec.relative_bias = Some(RelativeBias::new(130, 1000, false))),
+            "unsupported by cuda: a relative bias of more than 64 buckets per direction"
+        );
+        assert_eq!(
+            message(|p| p.out_strides = [64, 64]),
+            "`out` has strides [64, 64, 1], expected rows that do not overlap"
+        );
+        let far = usize::MAX / 100;
+        assert_eq!(
+            message(|p| p.q_strides = [far, 64]),
+            format!("`q` has strides [{far}, 64], expected rows within 2^63 bytes")
+        );
+    }
+
+    #[test]
+    fn bad_arguments() {
+        let geometry = Geometry::new(&problem()).unwrap();
+        let good = AttentionArgs {
+            cu_seqlens_q: Some(0x500),
+            kv_lens: Some(0x600),
+            ..AttentionArgs::new(0x100, 0x200, 0x300, 0x400)
+        };
+        let message = |args: AttentionArgs| geometry.check_args(&args).unwrap_err().to_string();
+        geometry.check_args(&good).unwrap();
+        assert_eq!(
+            message(AttentionArgs { v: 0, ..good }),
+            "`v` is 0x0, expected a device pointer that is a multiple of 2"
+        );
+        assert_eq!(
+            message(AttentionArgs { kv_lens: None, ..good }),
+            "`kv_lens` is absent, expected it to be given: the plan asks for it"
+        );
+        assert_eq!(
+            message(AttentionArgs { lse: Some(0x700), ..good }),
+            "`lse` is given, expected it to be absent: the plan has none"
+        );
+        assert_eq!(
+            message(AttentionArgs { q_start: Some(0x704), ..good }),
+            "`q_start` is 0x704, expected a device pointer that is a multiple of 8"
+        );
+        assert_eq!(message(AttentionArgs { out: 0x100, ..good }), "`out` overlaps `q`, expected separate memory");
+    }
+
+    /// Buckets by comparing with starts are the specification's buckets.
+    #[test]
+    fn bucket_starts() {
+        for (buckets, max_distance, both) in [(8, 20, true), (32, 128, true), (32, 128, false), (64, 1 << 40, false)] {
+            let bias = RelativeBias::new(buckets, max_distance, both);
+            let mut problem = problem();
+            problem.spec.relative_bias = Some(bias);
+            let geometry = Geometry::new(&problem).unwrap();
+            for distance in (0..3000).chain((12..41).flat_map(|e| [(1 << e) - 1, 1 << e])) {
+                let found = if distance < u64::from(geometry.exact_buckets) {
+                    distance as usize
+                } else {
+                    let beyond = geometry.bucket_starts.iter().filter(|start| **start <= distance).count();
+                    geometry.exact_buckets as usize + beyond
+                };
+                assert_eq!(found, bias.bucket(-(distance as i64)), "{bias:?} {distance}");
+            }
+        }
+    }
+
+    #[test]
+    fn alignment() {
+        let aligned = |change: &dyn Fn(&mut AttentionProblem)| {
+            let mut problem = problem();
+            change(&mut problem);
+            Geometry::new(&problem).unwrap().unaligned_argument()
+        };
+        assert_eq!(aligned(&|_| ()), None);
+        assert_eq!(aligned(&|p| p.v_strides[1] = 130), Some(("v", vec![260, 128])));
+        assert_eq!(aligned(&|p| p.k_strides[0] = 3), None, "ragged rows have no blocks");
+        // A dimension of one element has no stride.
+        let one_head = Attention::new(1, 1, 64);
+        let mut problem = AttentionProblem::new(one_head, Dtype::BF16, 1, 30, KvShape::ragged(50));
+        problem.q_strides[1] = 3;
+        assert_eq!(Geometry::new(&problem).unwrap().unaligned_argument(), None);
+    }
+}
