@@ -51,7 +51,7 @@ impl<'d, T: Float> Backend for DeviceBackend<'d, T> {
     type Linear<'a> = Staged<'d, T, 2>;
     type Mlp<'a> = StagedFfn<'d, T>;
     type Moe<'a> = StagedMoe<'d, T, T>;
-    type Mla<'a> = Staged<'d, T, 3>;
+    type Mla<'a> = Array<T>;
 
     fn name(&self) -> String {
         self.name.clone()
@@ -70,8 +70,8 @@ impl<'d, T: Float> Backend for DeviceBackend<'d, T> {
         spec.shared.as_ref().map_or(Ok(()), |shared| self.check_block(&shared.ffn))?;
         StagedMoe::new(self.driver, &weights.cast::<T>().weights(&weights.vectors::<f32>()))
     }
-    fn pack_mla<W: Float>(&mut self, _: &Mla, _: &Array<W>) -> Result<Staged<'d, T, 3>> {
-        unsupported("latent attention")
+    fn pack_mla<W: Float>(&mut self, _: &Mla, kv_b: &Array<W>) -> Result<Array<T>> {
+        Ok(kv_b.cast())
     }
     fn norm<const N: usize>(
         &mut self,
@@ -118,21 +118,21 @@ impl<'d, T: Float> Backend for DeviceBackend<'d, T> {
     }
     fn mla_absorb_query(
         &mut self,
-        _: &Mla,
-        _: View<'_, T, 3>,
-        _: &Staged<'d, T, 3>,
-        _: ViewMut<'_, T, 3>,
+        spec: &Mla,
+        q_nope: View<'_, T, 3>,
+        kv_b: &Array<T>,
+        out: ViewMut<'_, T, 3>,
     ) -> Result<()> {
-        unsupported("mla_absorb_query")
+        staged::mla_absorb_query(self.driver, spec, q_nope, kv_b.view(), out)
     }
     fn mla_project_value(
         &mut self,
-        _: &Mla,
-        _: View<'_, T, 3>,
-        _: &Staged<'d, T, 3>,
-        _: ViewMut<'_, T, 3>,
+        spec: &Mla,
+        latent: View<'_, T, 3>,
+        kv_b: &Array<T>,
+        out: ViewMut<'_, T, 3>,
     ) -> Result<()> {
-        unsupported("mla_project_value")
+        staged::mla_project_value(self.driver, spec, latent, kv_b.view(), out)
     }
     fn sigmoid_mul(&mut self, x: View<'_, T, 2>, gate: View<'_, T, 2>, out: ViewMut<'_, T, 2>) -> Result<()> {
         staged::sigmoid_mul(self.driver, x, gate, out)
@@ -150,10 +150,7 @@ impl<'d, T: Float> Backend for DeviceBackend<'d, T> {
         weights: &StagedMoe<'d, T, T>,
         logits: ViewMut<'_, f32, 2>,
     ) -> Result<()> {
-        if spec.jitter.is_some() {
-            return unsupported("a router with jitter");
-        }
-        staged::router_logits_with(self.driver, hidden, weights, logits)
+        staged::router_logits_with(self.driver, spec, hidden, weights, 0, logits)
     }
     fn route(&mut self, spec: &Router, input: &RouteInput<'_, f32>, output: RouteOutput<'_, f32>) -> Result<()> {
         staged::route(self.driver, spec, input, output)
@@ -177,7 +174,7 @@ impl<'d, T: Float> Backend for DeviceBackend<'d, T> {
     ) -> Result<()> {
         staged::moe_with(self.driver, spec, input, weights, output)
     }
-    fn wkv(&mut self, _: &WkvInput<'_, T, f32>, _: WkvOutput<'_, T, f32>) -> Result<()> {
-        unsupported("wkv")
+    fn wkv(&mut self, input: &WkvInput<'_, T, f32>, output: WkvOutput<'_, T, f32>) -> Result<()> {
+        staged::wkv(self.driver, input, output)
     }
 }

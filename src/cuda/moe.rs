@@ -6,6 +6,7 @@ use crate::cuda::ffn::{Block, BlockPlan, BlockRows, ExpertWeights, FfnArgs, FfnS
 use crate::cuda::grouped_gemm::{GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
 use crate::cuda::memory::{DeviceView, DeviceViewMut, Home, Parts, Queue};
 use crate::cuda::route::{Route, RouteArgs, RouteOutput, RoutePlan};
+use crate::cuda::router_logits::{RouterLogits, RouterLogitsArgs, RouterLogitsPlan};
 use crate::element::{Dtype, Element};
 use crate::error::{Error, Result};
 use crate::spec::{ExpertFfn, Moe};
@@ -168,7 +169,7 @@ pub struct MoeProblem {
     pub spec: Moe,
     /// Element type of activations, weights and `out`: bf16, f16 or f32.
     pub dtype: Dtype,
-    /// Element type of the router's weights: `dtype` or f32.
+    /// Element type of the router's weights: bf16, f16 or f32.
     pub router_dtype: Dtype,
     /// Rows; 0 is legal.
     pub num_tokens: usize,
@@ -261,7 +262,7 @@ impl MoeArgs {
 /// The router's two steps.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Routed {
-    logits: GroupedGemmPlan,
+    logits: RouterLogitsPlan,
     route: RoutePlan,
     asked: bool,
 }
@@ -301,7 +302,7 @@ impl MoePlan {
     /// Checks the shapes and chooses kernels and grids for a device.
     ///
     /// # Errors
-    /// Those of [`Moe::validate`], of [`RoutePlan::new`] and [`ExpertFfnPlan::new`].
+    /// Those of [`Moe::validate`], of [`RouterLogitsPlan::new`], [`RoutePlan::new`] and [`ExpertFfnPlan::new`].
     pub fn new(problem: &MoeProblem, limits: &Limits) -> Result<Self> {
         let &MoeProblem { ref spec, dtype, num_tokens, .. } = problem;
         spec.validate()?;
@@ -343,7 +344,13 @@ impl MoePlan {
                 let asked = problem.routing != MoeRouting::Computed;
                 experts.topk_ids_stride = route.topk_ids_stride;
                 experts.topk_weights_stride = route.topk_weights_stride;
-                let logits = logits_plan(problem, limits)?;
+                let mut logits =
+                    RouterLogits::new(dtype, num_tokens, spec.router.num_experts, spec.experts.ffn.hidden_size);
+                logits.weight_dtype = problem.router_dtype;
+                logits.jitter = spec.router.jitter;
+                logits.hidden_stride = problem.hidden_stride;
+                logits.weight_stride = problem.router_stride;
+                let logits = RouterLogitsPlan::new(&logits, limits)?;
                 let route = RoutePlan::new(&route)?;
                 offsets.logits = parts.part(num_tokens.saturating_mul(spec.router.num_experts), 4);
                 let kept = if asked { 0 } else { num_tokens.saturating_mul(spec.router.slots()) };
@@ -391,7 +398,7 @@ impl MoePlan {
     pub fn kernels(&self) -> Vec<&'static str> {
         let mut names = Vec::new();
         if let Some(routed) = &self.routed {
-            names.extend(routed.logits.kernels());
+            names.push(routed.logits.kernel());
             names.extend(routed.route.kernels());
         }
         if let Some(shared) = &self.shared {
@@ -449,9 +456,11 @@ impl MoePlan {
                 route.loss_mask = None;
                 route.seed = args.seed;
                 route.workspace = at(o.router);
-                let logits = GroupedGemmArgs {
-                    up_bias: args.router_bias,
-                    ..GroupedGemmArgs::new(args.hidden, args.router, at(o.logits))
+                let logits = RouterLogitsArgs {
+                    bias: args.router_bias,
+                    seed: args.seed,
+                    workspace: if routed.logits.workspace_bytes() > 0 { at(o.router) } else { 0 },
+                    ..RouterLogitsArgs::new(args.hidden, args.router, at(o.logits))
                 };
                 // SAFETY: the workspace has room for the logits and for each step's own, laid out by `new`; the rest is the
                 // caller's promise.
@@ -513,25 +522,6 @@ impl MoePlan {
     }
 }
 
-/// The router's logits: a product with f32 results.
-fn logits_plan(problem: &MoeProblem, limits: &Limits) -> Result<GroupedGemmPlan> {
-    if problem.spec.router.jitter.is_some() {
-        return Err(Error::unsupported("cuda", "a router with jitter"));
-    }
-    if problem.router_dtype != problem.dtype {
-        let case = format!("a router in {} for activations in {}", problem.router_dtype, problem.dtype);
-        return Err(Error::unsupported("cuda", case));
-    }
-    let (experts, hidden) = (problem.spec.router.num_experts, problem.spec.experts.ffn.hidden_size);
-    let product = GroupedGemm {
-        out_dtype: Dtype::F32,
-        a_stride: problem.hidden_stride,
-        up_stride: problem.router_stride,
-        ..GroupedGemm::linear(problem.dtype, problem.num_tokens, experts, hidden)
-    };
-    GroupedGemmPlan::new(&product, limits)
-}
-
 /// The caller's arrays for the routing, as problem and pointers.
 fn asked_for(queue: &Queue<'_>, route: &Route, output: &RouteOutput<'_>) -> Result<(Route, RouteArgs)> {
     fn home<T, const N: usize>(view: &Option<DeviceViewMut<'_, T, N>>) -> Home {
@@ -574,9 +564,9 @@ fn asked_for(queue: &Queue<'_>, route: &Route, output: &RouteOutput<'_>) -> Resu
 /// With [`MoeInput::routing`] the router is not asked. Without a shared expert the second term is 0.
 ///
 /// * `hidden`, `out`: `[num_tokens, hidden_size]`
-/// * `weights`: as checkpoints have them; the router's of the type of `hidden` or f32
+/// * `weights`: as checkpoints have them; the router's of any type
 ///
-/// Logits are a product with f32 results, the routing is that of [`route`](crate::cuda::route()); experts are
+/// Logits and routing are those of [`router_logits`](crate::cuda::router_logits()) and [`route`](crate::cuda::route()); experts are
 /// added in ascending order in f32, then the shared one, rounded once at the store. See [`expert_ffn`](crate::cuda::expert_ffn()).
 /// Which experts the tokens go to is never read back, so prefill and decode can be recorded into a graph.
 ///

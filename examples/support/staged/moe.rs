@@ -3,7 +3,7 @@
 use super::{Staged, StagedMut, StagedRoute, vector};
 use gatefold::cuda::driver::Driver;
 use gatefold::cuda::{self, Queue};
-use gatefold::spec::{ExpertFfn, Ffn, Moe};
+use gatefold::spec::{ExpertFfn, Ffn, Moe, Router};
 use gatefold::{Element, Result, View, ViewMut, args};
 
 /// Weights of one block on the device.
@@ -210,14 +210,16 @@ pub fn moe_with<T: Element, Q: Element>(
 /// The router's logits of a mixture.
 pub fn router_logits_with<T: Element, Q: Element>(
     driver: &dyn Driver,
-    hidden: View<'_, Q, 2>,
+    spec: &Router,
+    hidden: View<'_, T, 2>,
     weights: &StagedMoe<'_, T, Q>,
+    seed: u64,
     logits: ViewMut<'_, f32, 2>,
 ) -> Result<()> {
     let mut queue = Queue::new(driver);
     let hidden = Staged::new(driver, hidden)?;
     let mut result = StagedMut::new(driver, &logits)?;
     let bias = weights.router_bias.as_ref().map(Staged::view);
-    cuda::linear(&mut queue, hidden.view(), weights.router.view(), bias, result.view())?;
+    cuda::router_logits(&mut queue, spec, hidden.view(), weights.router.view(), bias, seed, result.view())?;
     result.finish(queue.stream(), logits)
 }

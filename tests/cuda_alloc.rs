@@ -1,0 +1,185 @@
+//! A launch of a plan allocates nothing, neither on the device nor on the host: counted by an allocator, on a driver that does
+//! nothing. So it can be captured into a graph, and costs no more than the driver's own call.
+
+use gatefold::cuda::driver::{Driver, Launch, Limits};
+use gatefold::cuda::kernels::Kernel;
+use gatefold::cuda::*;
+use gatefold::spec::*;
+use gatefold::{Dtype, Result};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Counts the allocations of each thread.
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: everything is passed on to the system's allocator; the count is a plain number that allocates nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: the caller's promise, passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise, passed on.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// Counts launches and refuses everything else.
+#[derive(Default)]
+struct Nothing {
+    launches: AtomicUsize,
+}
+
+impl Driver for Nothing {
+    fn limits(&self) -> Limits {
+        Limits::new(90, 132, 227 << 10)
+    }
+    fn allocate(&self, _: usize) -> Result<u64> {
+        panic!("a launch allocates on the device")
+    }
+    unsafe fn free(&self, _: u64) -> Result<()> {
+        panic!("a launch frees")
+    }
+    unsafe fn copy_to_device(&self, _: u64, _: &[u8]) -> Result<()> {
+        panic!("a launch copies")
+    }
+    unsafe fn copy_to_host(&self, _: &mut [u8], _: u64) -> Result<()> {
+        panic!("a launch copies")
+    }
+    fn load(&self, _: &'static Kernel) -> Result<()> {
+        panic!("a launch loads")
+    }
+    unsafe fn launch(&self, kernel: &'static Kernel, launch: &Launch, params: &[u8], _: Stream) -> Result<()> {
+        self.launches.fetch_add(1, Ordering::Relaxed);
+        launch.check(kernel, &self.limits(), params)
+    }
+    fn synchronize(&self, _: Stream) -> Result<()> {
+        panic!("a launch waits")
+    }
+}
+
+/// The address of an array, far from all others.
+fn at(i: u64) -> u64 {
+    i << 32
+}
+
+/// Launches, and counts what was allocated meanwhile.
+fn check(name: &str, launch: impl Fn(&Nothing) -> Result<()>) {
+    let driver = Nothing::default();
+    let before = ALLOCATIONS.get();
+    let result = launch(&driver);
+    let count = ALLOCATIONS.get() - before;
+    result.unwrap_or_else(|error| panic!("{name}: {error}"));
+    assert_eq!(count, 0, "{name} allocates");
+    assert!(driver.launches.load(Ordering::Relaxed) > 0, "{name} launches nothing");
+}
+
+const LIMITS: Limits = Limits::new(90, 132, 227 << 10);
+const STREAM: Stream = Stream::LEGACY;
+
+/// `plan.launch` on a driver that follows no pointer.
+macro_rules! check {
+    ($plan:expr, $args:expr) => {{
+        let (plan, args) = ($plan, $args);
+        // SAFETY: nothing is launched, so no pointer is followed.
+        check(stringify!($plan), |driver| unsafe { plan.launch(driver, &args, STREAM) });
+    }};
+}
+
+#[test]
+fn rows() {
+    let norm = NormProblem::new(Norm::rms(1e-6), Dtype::BF16, 5, 64);
+    check!(NormPlan::new(&norm).unwrap(), NormArgs::new(at(1), at(2)).with_weight(at(3)).with_residual(at(4), at(5)));
+    for op in [ElementwiseOp::add(0.5), ElementwiseOp::SigmoidMul, ElementwiseOp::SiluMul] {
+        let problem = ElementwiseProblem::new(op, Dtype::F16, 5, 63);
+        check!(ElementwisePlan::new(&problem).unwrap(), ElementwiseArgs::new(at(1), at(2), at(3)));
+    }
+    let merge = Merge::new(Dtype::F32, [3, 5, 4, 64]);
+    check!(MergePlan::new(&merge).unwrap(), MergeArgs::new(at(1), at(2), at(3)).with_lse(at(4)));
+    let combine = Combine::new(Dtype::BF16, 5, 2, 64);
+    let args = CombineArgs::new(at(1), at(2), at(3)).with_weights(at(4)).with_shared(at(5), Some(at(6)));
+    check!(CombinePlan::new(&combine).unwrap(), args.with_residual(at(7)));
+}
+
+#[test]
+fn attention() {
+    let mut spec = Attention::new(8, 2, 64);
+    spec.mask.causal = true;
+    for (tokens, max_q_len) in [(2, 1), (80, 40)] {
+        let mut problem = AttentionProblem::new(spec.clone(), Dtype::BF16, 2, tokens, KvShape::cache(4096));
+        (problem.max_q_len, problem.max_kv_len) = (max_q_len, 4096);
+        let mut args = AttentionArgs::new(at(1), at(2), at(3), at(4));
+        (args.cu_seqlens_q, args.kv_lens, args.workspace) = (Some(at(5)), Some(at(6)), at(7));
+        check!(AttentionPlan::new(&problem, &LIMITS).unwrap(), args);
+    }
+    let problem = QkvProblem::new(QkvPrep::new(8, 2, 64), Dtype::BF16, 5, 100);
+    let mut args = QkvArgs::default();
+    (args.q, args.k, args.v, args.q_out, args.k_out, args.v_out) = (at(1), at(2), at(3), at(4), at(5), at(6));
+    args.positions = at(7);
+    check!(QkvPlan::new(&problem).unwrap(), args);
+}
+
+#[test]
+fn linear_attention() {
+    let mut args = RetentionArgs::default();
+    (args.q, args.k, args.v, args.decay, args.out) = (at(1), at(2), at(3), at(4), at(5));
+    (args.state_in, args.state_out) = (at(6), at(7));
+    check!(RetentionPlan::new(&RetentionProblem::new(Retention::new(4, 32, 64), Dtype::BF16, 37)).unwrap(), args);
+    let mut args = WkvArgs::default();
+    (args.k, args.v, args.decay, args.first, args.out) = (at(1), at(2), at(3), at(4), at(5));
+    (args.state_in, args.state_out) = (at(6), at(7));
+    check!(WkvPlan::new(&WkvProblem::new(Dtype::F32, 2, 9, 100)).unwrap(), args);
+}
+
+#[test]
+fn mixtures() {
+    for num_tokens in [1, 40, 5000] {
+        let mut router = Router::new(64, 8);
+        router.groups = Some(ExpertGroups::new(8, 4, GroupScore::Top2Sum));
+        let logits = RouterLogits::new(Dtype::BF16, num_tokens, 64, 256);
+        let args = RouterLogitsArgs::new(at(1), at(2), at(3));
+        check!(RouterLogitsPlan::new(&logits, &LIMITS).unwrap(), args);
+        let route = RouteArgs::new(at(1), at(2), at(3));
+        check!(RoutePlan::new(&Route::new(&router, num_tokens)).unwrap(), route);
+        let experts = ExpertFfn::new(64, Ffn::gated(256, 128, Activation::Silu));
+        let sort = GroupTokensArgs::new(at(1), at(2), at(3), at(4), at(5), at(6)).with_workspace(at(7));
+        check!(GroupTokensPlan::new(&GroupTokens::new(&experts, num_tokens, 8)).unwrap(), sort);
+        let product = GroupedGemm::linear(Dtype::BF16, num_tokens, 256, 128);
+        check!(GroupedGemmPlan::new(&product, &LIMITS).unwrap(), GroupedGemmArgs::new(at(1), at(2), at(3)));
+        let weights = FfnArgs::new(at(1), at(2), at(3));
+        let block = MlpProblem::new(&experts.ffn, Dtype::BF16, num_tokens);
+        check!(MlpPlan::new(&block, &LIMITS).unwrap(), MlpArgs::new(at(4), weights, at(5), at(6)));
+        let problem = ExpertFfnProblem::new(&experts, Dtype::BF16, num_tokens, 8);
+        let args = ExpertFfnArgs::new(at(4), at(5), at(6), weights, at(7), at(8));
+        check!(ExpertFfnPlan::new(&problem, &LIMITS).unwrap(), args);
+        let mut spec = Moe::new(router, experts);
+        let mut shared = SharedExpert::new(experts.ffn);
+        shared.sigmoid_gate = true;
+        spec.shared = Some(shared);
+        let mut args = MoeArgs::new(at(4), at(5), weights, at(6), at(7));
+        (args.shared, args.shared_gate) = (Some(FfnArgs::new(at(8), at(9), at(10))), Some(at(11)));
+        check!(MoePlan::new(&MoeProblem::new(&spec, Dtype::BF16, num_tokens), &LIMITS).unwrap(), args);
+    }
+}
+
+/// Every plan of the backend is launched here.
+#[test]
+fn no_plan_is_missing() {
+    let exports =
+        include_str!("../src/cuda.rs").split("pub use ").skip(1).flat_map(|list| list.split(['{', '}', ',', ';', ' ']));
+    let plans: Vec<&str> = exports.map(str::trim).filter(|name| name.ends_with("Plan")).collect();
+    assert!(plans.len() >= 12, "{plans:?}");
+    for plan in plans {
+        assert!(include_str!("cuda_alloc.rs").contains(&format!("check!({plan}::new(")), "{plan} is not launched");
+    }
+}
