@@ -11,9 +11,10 @@
 mod support;
 
 use clap::{Parser, ValueEnum};
-use gatefold::Dtype;
 use gatefold::cpu::{Cpu, Float, Level};
+use gatefold::cuda::driver::Driver;
 use gatefold::spec::{AttentionBlock, HfConfig, Layer, Mlp};
+use gatefold::{Dtype, Element};
 use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -24,6 +25,7 @@ use support::array::Array;
 use support::backend::Backend;
 use support::checkpoint::Checkpoint;
 use support::cpu::CpuBackend;
+use support::device::DeviceBackend;
 use support::layer::{Cache, LayerWeights, Options as Run, PackedLayer, Rows, Stage, Trace, run};
 use support::random::{Maker, num_weights};
 use support::roof::{Roof, last_level_cache};
@@ -107,50 +109,78 @@ fn main() -> ExitCode {
 
 /// `false` where a check failed.
 fn start(options: &Options) -> Result<bool, String> {
-    if options.device == Device::Cuda {
-        return Err(cuda());
-    }
     let level = match &options.level {
         Some(name) => Level::by_name(name),
         None => Level::detect(),
     };
     let level = level.map_err(|e| e.to_string())?;
     let default = if options.checkpoint.is_some() { DtypeName::F32 } else { DtypeName::Bf16 };
+    let gpu = gpu(options.device)?;
     match options.dtype.unwrap_or(default) {
-        DtypeName::F32 => start_with::<f32>(options, level),
-        DtypeName::Bf16 => start_with::<bf16>(options, level),
-        DtypeName::F16 => start_with::<f16>(options, level),
+        DtypeName::F32 => start_with::<f32>(options, level, gpu.as_ref()),
+        DtypeName::Bf16 => start_with::<bf16>(options, level, gpu.as_ref()),
+        DtypeName::F16 => start_with::<f16>(options, level, gpu.as_ref()),
     }
 }
 
-/// Why there is no layer on a GPU.
-fn cuda() -> String {
+/// A GPU and its limits, where they are known by its name.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))] // never made there
+struct Gpu {
+    driver: Box<dyn Driver>,
+    name: String,
+    roof: Option<Roof>,
+}
+
+/// The GPU to compute on: the first one, unless the CPU is asked for, or there is none and nobody insists.
+fn gpu(wanted: Device) -> Result<Option<Gpu>, String> {
+    if wanted == Device::Cpu {
+        return Ok(None);
+    }
     #[cfg(feature = "cuda")]
-    if let Err(error) = gatefold::cuda::Device::open(0) {
-        return error.to_string();
+    match gatefold::cuda::Device::open(0) {
+        Ok(device) => {
+            let name = device.name().to_owned();
+            let roof = Roof::of_gpu(&name);
+            return Ok(Some(Gpu { driver: Box::new(device), name, roof }));
+        }
+        Err(error) if wanted == Device::Cuda => return Err(error.to_string()),
+        Err(_) => {}
     }
-    "unsupported: the CUDA backend does not have these functions yet; use --device cpu".into()
+    if wanted == Device::Cuda {
+        return Err("this build has no feature cuda".into());
+    }
+    Ok(None)
 }
 
-fn start_with<T: Float>(options: &Options, level: Level) -> Result<bool, String> {
-    match &options.checkpoint {
-        Some(directory) => checkpoint::<T>(options, directory, level),
-        None => random_layer::<T>(options, level),
+fn start_with<T: Float>(options: &Options, level: Level, gpu: Option<&Gpu>) -> Result<bool, String> {
+    match (&options.checkpoint, gpu) {
+        (Some(directory), None) => {
+            checkpoint(options, directory, &mut CpuBackend::<T>::new(Cpu::with_level(level)), "cpu ")
+        }
+        (Some(directory), Some(gpu)) => {
+            checkpoint(options, directory, &mut DeviceBackend::<T>::new(&*gpu.driver, "cuda"), "")
+        }
+        (None, _) => random_layer::<T>(options, level, gpu),
     }
 }
 
 // ----------------------------------------------------------------------------- a checkpoint
 
-fn checkpoint<T: Float>(options: &Options, directory: &Path, level: Level) -> Result<bool, String> {
+fn checkpoint<B: Backend<S = f32>>(
+    options: &Options,
+    directory: &Path,
+    b: &mut B,
+    place: &str,
+) -> Result<bool, String> {
     let model = Checkpoint::read(directory)?;
     let last = options.layer.unwrap_or(model.config.num_layers.saturating_sub(1));
-    let mut b = CpuBackend::<T>::new(Cpu::with_level(level));
-    let compared = model.compare(&mut b, last)?;
-    let used = format!("cpu {} {}", b.name(), T::DTYPE);
+    let compared = model.compare(b, last)?;
+    let dtype = B::A::DTYPE;
+    let used = format!("{place}{} {dtype}", b.name());
     let mut good = true;
     let mut lines = Vec::new();
     for c in &compared {
-        let exact = T::DTYPE == Dtype::F32;
+        let exact = dtype == Dtype::F32;
         let ok = !exact || c.error <= CHECKPOINT_TOLERANCE;
         good &= ok;
         let verdict = if !exact {
@@ -257,7 +287,7 @@ struct Measured<T> {
     max_positions: usize,
 }
 
-fn random_layer<T: Float>(options: &Options, level: Level) -> Result<bool, String> {
+fn random_layer<T: Float>(options: &Options, level: Level, gpu: Option<&Gpu>) -> Result<bool, String> {
     let began = Instant::now();
     let config = HfConfig::from_json(&configuration(&options.model)?).map_err(|e| e.to_string())?;
     if options.tokens == 0 {
@@ -282,27 +312,29 @@ fn random_layer<T: Float>(options: &Options, level: Level) -> Result<bool, Strin
         ));
     }
     let pairs = level.name() == "avx512bf16" && T::DTYPE == Dtype::BF16;
-    let roof = Roof::measure(level.name(), pairs);
+    let roof_now = || match gpu {
+        Some(gpu) => gpu.roof.unwrap_or(Roof::UNKNOWN),
+        None => Roof::measure(level.name(), pairs),
+    };
+    let roof = roof_now();
 
     let progress = bar(elements, "making weights");
     let advance = |n: usize| progress.inc(n as u64);
     let weights: LayerWeights<T> = Maker::new(options.seed, &advance).layer(&layer);
     progress.finish_and_clear();
-    let progress = bar(1, "packing weights");
-    progress.tick();
-    let mut b = CpuBackend::<T>::new(Cpu::with_level(level));
-    let packed = PackedLayer::pack(&mut b, &layer, &weights, total).map_err(|e| e.to_string())?;
-    progress.finish_and_clear();
-
-    let measured = measure(options, &mut b, &packed, steps).map_err(|e| e.to_string())?;
+    let work = Work { options, layer: &layer, weights: &weights, total, steps };
+    let (measured, stores_as) = match gpu {
+        Some(gpu) => (work.run(DeviceBackend::<T>::new(&*gpu.driver, "cuda"))?, "cuda"),
+        None => (work.run(CpuBackend::<T>::new(Cpu::with_level(level)))?, level.name()),
+    };
     // Other load may have come or gone.
-    let roof = roof.max(Roof::measure(level.name(), pairs));
+    let roof = roof.max(roof_now());
     let mut checks = Vec::new();
     for kept in &measured.kept {
         let subject = Subject {
             spec: &layer,
             weights: &weights,
-            level: level.name(),
+            level: stores_as,
             trace: &kept.trace,
             rows: &kept.rows,
             cache: &kept.after,
@@ -320,7 +352,7 @@ fn random_layer<T: Float>(options: &Options, level: Level) -> Result<bool, Strin
         layer: &layer,
         encoder,
         dtype: T::DTYPE,
-        used: format!("cpu {}", b.name()),
+        used: gpu.map_or(format!("cpu {}", level.name()), |gpu| format!("cuda {}, copies included", gpu.name)),
         roof,
         elements,
         prefill: &measured.prefill,
@@ -337,6 +369,25 @@ fn random_layer<T: Float>(options: &Options, level: Level) -> Result<bool, Strin
     Ok(good)
 }
 
+/// What is packed and run, on any backend.
+struct Work<'a, T> {
+    options: &'a Options,
+    layer: &'a Layer,
+    weights: &'a LayerWeights<T>,
+    total: usize,
+    steps: usize,
+}
+
+impl<T: Float> Work<'_, T> {
+    fn run<B: Backend<A = T, S = f32>>(&self, mut b: B) -> Result<Measured<T>, String> {
+        let progress = bar(1, "packing weights");
+        progress.tick();
+        let packed = PackedLayer::pack(&mut b, self.layer, self.weights, self.total).map_err(|e| e.to_string())?;
+        progress.finish_and_clear();
+        measure(self.options, &mut b, &packed, self.steps).map_err(|e| e.to_string())
+    }
+}
+
 /// Rows spread over the prompt, its ends among them.
 fn samples(rows: usize) -> Vec<usize> {
     let n = SAMPLES.min(rows);
@@ -345,10 +396,10 @@ fn samples(rows: usize) -> Vec<usize> {
     picked
 }
 
-fn measure<T: Float>(
+fn measure<T: Float, B: Backend<A = T, S = f32>>(
     options: &Options,
-    b: &mut CpuBackend<T>,
-    packed: &PackedLayer<'_, CpuBackend<T>>,
+    b: &mut B,
+    packed: &PackedLayer<'_, B>,
     steps: usize,
 ) -> gatefold::Result<Measured<T>> {
     let (hidden, tokens) = (packed.spec.hidden_size, options.tokens);
@@ -493,7 +544,7 @@ impl Report<'_> {
                 format!("{:.1} GB/s", stage.bytes / seconds / 1e9)
             };
             // Small stages run out of caches, which the limit of memory says nothing about.
-            let share = if stage.bytes < 4e6 && stage.flops == 0.0 {
+            let share = if self.roof.bytes.is_nan() || stage.bytes < 4e6 && stage.flops == 0.0 {
                 "-".into()
             } else {
                 format!("{:.0} %", 100.0 * least / seconds)
