@@ -601,6 +601,13 @@ fn arrays_of_cudarc() {
     }
     assert_eq!(order()[before..], *"wwwlrr", "three waits, the launch, and a note for each array");
     assert_eq!(second.clone_dtoh(&y).unwrap()[4].to_bits(), 1, "what the fake driver writes down");
+    {
+        let (x, mut y) = (Lent::new(&x, &second).unwrap(), LentMut::new(&mut y, &second).unwrap());
+        let mut other = Queue::new(&device);
+        let (x, out) = (x.view([1, 64]), y.view([1, 64]));
+        let error = gatefold::cuda::add(&mut other, x, x, 1.0, out).unwrap_err().to_string();
+        assert!(error.starts_with("`queue` is stream 0x0, expected stream 0x"), "{error}");
+    }
     let other = cudarc::driver::CudaContext::new(1).unwrap();
     let stranger = other.new_stream().unwrap();
     assert!(Lent::new(&x, &stranger).is_err());

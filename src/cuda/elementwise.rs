@@ -253,6 +253,7 @@ fn elementwise<T: Element>(
     y: DeviceView<'_, T, 2>,
     out: DeviceViewMut<'_, T, 2>,
 ) -> Result<()> {
+    queue.check_homes(&[x.home(), y.home(), out.home()])?;
     let shape @ [num_tokens, width] = x.shape();
     let names = op.names();
     x.check(names[0], shape)?;

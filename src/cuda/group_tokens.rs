@@ -435,6 +435,16 @@ pub fn group_tokens(
     topk_weights: DeviceView<'_, f32, 2>,
     output: GroupTokensOutput<'_>,
 ) -> Result<()> {
+    queue.check_homes(&[
+        topk_ids.home(),
+        topk_weights.home(),
+        output.expert_offsets.home(),
+        output.row_token.home(),
+        output.row_weight.home(),
+        output.position.home(),
+        output.tile_counts.home(),
+        output.tiles.home(),
+    ])?;
     spec.validate()?;
     let shape @ [num_tokens, slots] = topk_ids.shape();
     let mut problem = GroupTokens::new(spec, num_tokens, slots);

@@ -35,9 +35,7 @@ pub(super) fn stream_of(stream: &CudaStream) -> (u64, Stream) {
 /// let mut queue = Queue::on_cudarc(&device, &stream)?;
 /// {
 ///     let (x, mut y) = (Lent::new(&x, &stream)?, LentMut::new(&mut y, &stream)?);
-///     let (x, out) = (x.view([2, 3]), y.view([2, 3]));
-///     // a call: gatefold::cuda::add(&mut queue, x, x, 1.0, out)?;
-/// #   let _ = (&mut queue, x, out);
+///     gatefold::cuda::add(&mut queue, x.view([2, 3]), x.view([2, 3]), 1.0, y.view([2, 3]))?;
 /// }
 /// let y = stream.clone_dtoh(&y)?; // after the call, in the order of the stream
 /// # let _ = y;

@@ -26,6 +26,7 @@ pub fn linear<T: Element, O: Element>(
     bias: Option<DeviceView<'_, f32, 1>>,
     out: DeviceViewMut<'_, O, 2>,
 ) -> Result<()> {
+    queue.check_homes(&[x.home(), weight.home(), bias.and_then(|bias| bias.home()), out.home()])?;
     let ([num_tokens, _], [outputs, inputs]) = (x.shape(), weight.shape());
     x.check("x", [num_tokens, inputs])?;
     weight.check("weight", [outputs, inputs])?;
@@ -77,6 +78,7 @@ pub(super) fn launch_heads<T: Element, O: Element>(
     transposed: bool,
     out: DeviceViewMut<'_, O, 3>,
 ) -> Result<()> {
+    queue.check_homes(&[x.home(), weight.home(), out.home()])?;
     let ([num_tokens, heads, inputs], [_, _, outputs]) = (x.shape(), out.shape());
     let mut problem = GroupedGemm::linear(T::DTYPE, num_tokens, outputs, inputs);
     problem.out_dtype = O::DTYPE;

@@ -344,6 +344,8 @@ pub fn norm<T: Element, const N: usize>(
     bias: Option<DeviceView<'_, f32, 1>>,
     out: DeviceViewMut<'_, T, N>,
 ) -> Result<()> {
+    let home = |view: Option<DeviceView<'_, f32, 1>>| view.and_then(|view| view.home());
+    queue.check_homes(&[x.home(), home(weight), home(bias), out.home()])?;
     spec.validate()?;
     let (shape, width) = (x.shape(), x.shape()[N - 1]);
     x.check("x", shape)?;

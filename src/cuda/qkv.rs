@@ -3,7 +3,7 @@
 
 use crate::cuda::driver::{Driver, Launch, Stream};
 use crate::cuda::kernels::qkv as kernels;
-use crate::cuda::memory::{DeviceView, DeviceViewMut, Queue};
+use crate::cuda::memory::{DeviceView, DeviceViewMut, Home, Queue};
 use crate::cuda::rows::{MAX_ROWS, MAX_WIDTH, Rows, Twins, strides_aligned};
 use crate::element::{Dtype, Element};
 use crate::error::{Error, Result, check_len};
@@ -606,6 +606,19 @@ pub struct QkvInput<'a, T> {
 }
 
 impl<'a, T> QkvInput<'a, T> {
+    fn homes(&self) -> [Home; 8] {
+        [
+            self.q.home(),
+            self.k.home(),
+            self.v.home(),
+            self.q_norm.and_then(|view| view.home()),
+            self.k_norm.and_then(|view| view.home()),
+            self.rope.and_then(|table| table.cos.home()),
+            self.rope.and_then(|table| table.sin.home()),
+            self.positions.home(),
+        ]
+    }
+
     /// Rows and positions; no norm weights, no table.
     pub const fn new(
         q: DeviceView<'a, T, 3>,
@@ -692,6 +705,13 @@ pub enum KvCacheMut<'a, T> {
 }
 
 impl<'a, T> KvCacheMut<'a, T> {
+    fn homes(&self) -> [Home; 3] {
+        match self {
+            KvCacheMut::Contiguous { k, v } => [k.home(), v.home(), None],
+            KvCacheMut::Paged { k, v, block_table } => [k.home(), v.home(), block_table.home()],
+        }
+    }
+
     /// The same room for every sequence.
     pub const fn contiguous(k: DeviceViewMut<'a, T, 4>, v: DeviceViewMut<'a, T, 4>) -> Self {
         KvCacheMut::Contiguous { k, v }
@@ -831,6 +851,8 @@ pub fn prepare_qkv<T: Element>(
     input: &QkvInput<'_, T>,
     output: QkvOutput<'_, T>,
 ) -> Result<()> {
+    queue.check_homes(&input.homes())?;
+    queue.check_homes(&[output.q.home(), output.k.home(), output.v.home()])?;
     let n = input.check(spec)?;
     output.q.check("out.q", [n, spec.num_heads, spec.head_dim])?;
     output.k.check("out.k", [n, spec.num_kv_heads, spec.head_dim])?;
@@ -856,6 +878,9 @@ pub fn prepare_qkv_append<T: Element>(
     q: DeviceViewMut<'_, T, 3>,
     cache: KvCacheMut<'_, T>,
 ) -> Result<()> {
+    queue.check_homes(&input.homes())?;
+    queue.check_homes(&[rows.cu_seqlens.and_then(|view| view.home()), rows.kv_lens.home(), q.home()])?;
+    queue.check_homes(&cache.homes())?;
     let n = input.check(spec)?;
     q.check("out.q", [n, spec.num_heads, spec.head_dim])?;
     let (mut problem, mut args) = entered(spec, input, n, &q);
@@ -910,6 +935,7 @@ pub fn rope<T: Element>(
     table: &RopeTable<'_>,
     out: DeviceViewMut<'_, T, 3>,
 ) -> Result<()> {
+    queue.check_homes(&[x.home(), positions.home(), table.cos.home(), table.sin.home(), out.home()])?;
     let shape @ [num_tokens, num_heads, head_dim] = x.shape();
     spec.validate(head_dim)?;
     x.check("x", shape)?;
@@ -940,6 +966,9 @@ pub fn rope<T: Element>(
 /// [`Error::Shape`], [`Error::Stride`], [`Error::Len`]; those of [`QkvPlan::new`] and [`QkvPlan::launch`]. Nothing is written
 /// then.
 pub fn kv_append<T: Element>(queue: &mut Queue<'_>, input: &KvCache<'_, T>, cache: KvCacheMut<'_, T>) -> Result<()> {
+    let sums = input.cu_seqlens.and_then(|view| view.home());
+    queue.check_homes(&[input.k.home(), input.v.home(), sums, input.kv_lens.home()])?;
+    queue.check_homes(&cache.homes())?;
     let shape @ [n, heads, head_dim] = input.k.shape();
     let value_dim = input.v.shape()[2];
     input.k.check("k", shape)?;

@@ -361,6 +361,15 @@ pub fn retention<T: Element>(
     input: &RetentionInput<'_, T>,
     output: RetentionOutput<'_, T>,
 ) -> Result<()> {
+    queue.check_homes(&[
+        input.q.home(),
+        input.k.home(),
+        input.v.home(),
+        input.decay.home(),
+        input.state_in.and_then(|view| view.home()),
+        output.out.home(),
+        output.state_out.as_ref().and_then(|view| view.home()),
+    ])?;
     spec.validate()?;
     let n = input.q.shape()[0];
     let (heads, dim, value_dim) = (spec.num_heads, spec.head_dim, spec.value_dim);

@@ -299,6 +299,15 @@ impl<'a, T> WkvOutput<'a, T> {
 ///
 /// Peng et al. 2023, arXiv:2305.13048.
 pub fn wkv<T: Element>(queue: &mut Queue<'_>, input: &WkvInput<'_, T>, output: WkvOutput<'_, T>) -> Result<()> {
+    queue.check_homes(&[
+        input.k.home(),
+        input.v.home(),
+        input.decay.home(),
+        input.first.home(),
+        input.state_in.and_then(|view| view.home()),
+        output.out.home(),
+        output.state_out.as_ref().and_then(|view| view.home()),
+    ])?;
     let shape @ [batch, seq, channels] = input.k.shape();
     input.k.check("k", shape)?;
     input.v.check("v", shape)?;
