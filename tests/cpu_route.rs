@@ -7,8 +7,7 @@ use common::routing::{check_route, option_table, takes_bias};
 use common::*;
 use gatefold::cpu::{self, Cpu, Level};
 use gatefold::spec::{
-    AuxLoss, Capacity, CapacityLimit, CapacityOrder, ExpertGroups, GroupScore, Renormalize, Router, Score,
-    SecondExpert, SelectOn, Selection,
+    AuxLoss, Capacity, CapacityLimit, ExpertGroups, GroupScore, Renormalize, Router, Score, SecondExpert, Selection,
 };
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;

@@ -653,7 +653,7 @@ fn counters() {
             let case = AttentionCase::<bf16>::new(&options, 1);
             case.run(|spec, input, output| staged::attention::<bf16>(&simulator, spec, input, output));
             let [(_, counters)] = &simulator.take_counters()[..] else { panic!("one launch") };
-            counters.clone()
+            *counters
         };
         let (few, many) = (counted(2 * tile), counted(6 * tile));
         assert_eq!(many.conflict_degree(), 1.0);

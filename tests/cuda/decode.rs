@@ -469,7 +469,8 @@ fn rows_without_keys_978() {
         options.lens = vec![(3, 600)];
         options.sinks = Sinks::None;
         options.starts = true;
-        options.mask = with!(Mask::default(), window_left: Some(0), window_right: Some(0));
+        options.mask = Mask::default();
+        (options.mask.window_left, options.mask.window_right) = (Some(0), Some(0));
         check(driver, &AttentionCase::<bf16>::new(&options, 8));
     });
 }

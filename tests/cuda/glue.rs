@@ -2,7 +2,6 @@
 
 use crate::common::glue_case::{AppendCase, NormCase as AnyNormCase, PairCase, QkvCase, RopeCase, WIDTHS};
 use crate::common::pairs::pairwise;
-use crate::common::simulator::Simulator;
 use crate::common::{Array, Layout as Strides, Output, Rng, assert_rows, naive, seed};
 use crate::{on_devices, staged, with_type};
 use gatefold::args::{KvCache, KvCacheMut};
