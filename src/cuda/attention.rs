@@ -497,6 +497,16 @@ fn as_blocks<'a, T>(rows: &DeviceView<'a, T, 3>) -> DeviceView<'a, T, 4> {
 
 /// Scaled dot-product attention with grouped key/value heads: [`reference::attention`](crate::reference::attention) on the device.
 ///
+/// Calls of few queries per sequence (bounded by [`AttentionInput::max_q_len`]) take the kernels for decoding, others those for
+/// prompts; within each of the two a query's bits depend on nothing else in the call. Bounds of the lengths size the grid and, for
+/// decoding, the workspace: give tight ones.
+///
+/// # Numerics
+/// f32 is f32 throughout, with an exponential of 1 ulp. In bf16 and f16 the exponential is that of the hardware (2 ulp of f32), which
+/// shows in an `lse` near 0: its error may be 2.5e-7. Weights are rounded to the type of the values. A NaN in a value stays
+/// with the keys that no query of the sequence sees by position and length; of keys that only the explicit mask or a bias of -inf hides,
+/// it may reach other rows of the sequence in a prompt.
+///
 /// # Errors
 /// Those of [`AttentionInput::check`] and [`AttentionPlan::new`]; [`Error::Driver`]. Nothing is written then.
 pub fn attention<T: Element>(
