@@ -5,7 +5,7 @@
 //! * [`args`]: what comes with a call: [views](view) of the caller's arrays, and every check of their shapes and strides.
 //! * [`mod@reference`]: the truth. Any element type in, f64 inside and out; the formulas, edge rules and sources stand here.
 //! * [`cpu`]: the same functions on f32, bf16 and f16 with the instructions found at run time.
-//! * [`cuda`]: the same functions on the memory of a GPU; so far the driver layer and the first two kernels.
+//! * [`cuda`]: the same functions on the memory of a GPU, as hand-written PTX that the driver compiles.
 //!
 //! The caller owns all memory: there is no tensor type. An input that is not legal is an [`Error`] that names the argument, what
 //! was expected and what was found, and then nothing is written. What a backend does not have is [`Error::Unsupported`].
