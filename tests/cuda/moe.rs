@@ -8,7 +8,7 @@ use crate::common::{Array, ExpertCase, ExpertOptions, GateUp, Layout, MoeCase, M
 use crate::{on_devices, on_recorders, staged};
 use gatefold::args::Routing;
 use gatefold::cuda::driver::{Buffer, Driver, Recorder};
-use gatefold::cuda::{FfnArgs, FfnStrides, MoeArgs, MoePlan, MoeProblem, Route, RoutePlan};
+use gatefold::cuda::{FfnArgs, FfnStrides, MoeArgs, MoePlan, MoeProblem};
 use gatefold::spec::{Activation, ExpertFfn, Ffn, Moe, Renormalize, Router, Score, SharedExpert, WeightOn};
 use gatefold::{Element, reference};
 use half::{bf16, f16};
@@ -269,7 +269,6 @@ fn run_mixture<T: Element, Q: Element>(
         shared.ffn.intermediate_size = shared.ffn.intermediate_size.next_multiple_of(8);
     }
     spec.router.jitter = None; // logits would differ in their last bits, and one of these may choose another expert
-    let given = given || RoutePlan::new(&Route::new(&spec.router, 1)).is_err(); // what routing does not have yet
     let mut case = MoeCase::<T, T, Q>::new(&spec, options, seed);
     if mask {
         case = case.with_mask();
