@@ -442,6 +442,10 @@ impl QkvPlan {
             }
             outputs[i] = Some(match blocks {
                 1 => nested(NAMES[i][1], out, width, [(rows, row), (array.heads, head)]),
+                // Blocks that follow one another are as many rows of one.
+                _ if block == rows as u64 * row => {
+                    nested(NAMES[i][1], out, width, [(blocks.saturating_mul(rows), row), (array.heads, head)])
+                }
                 _ => {
                     let inner = (rows as u64 - 1) * row + (array.heads as u64 - 1) * head + width;
                     nested(NAMES[i][1], out, inner, [(blocks, block), (1, 0)])
@@ -498,8 +502,12 @@ impl QkvPlan {
     }
 }
 
-/// An array of two leading dimensions, as rows of one stride where the second lies within the first, else as one row.
+/// An array of two leading dimensions, as rows of one stride: each by itself where they follow one another (so that heads of
+/// keys and values may alternate), all of an outer index together where they lie within it, else everything as one row.
 fn nested(name: &'static str, ptr: u64, width: u64, [outer, inner]: [(usize, u64); 2]) -> Rows {
+    if inner.0 > 1 && (outer.0 <= 1 || outer.1 == inner.0 as u64 * inner.1) && width <= inner.1 {
+        return Rows { name, ptr, num_rows: outer.0 * inner.0, row_bytes: width, stride_bytes: inner.1 };
+    }
     let row_bytes = (inner.0.max(1) as u64 - 1) * inner.1 + width;
     if outer.0 <= 1 || row_bytes <= outer.1 || inner.0 <= 1 {
         return Rows { name, ptr, num_rows: outer.0, row_bytes, stride_bytes: outer.1 };
@@ -557,4 +565,22 @@ fn check_cache(cache: &QkvCache) -> Result<()> {
 fn room(cache: QkvCache) -> u32 {
     let pages = cache.pages.map_or(1, |[pages, _]| pages as u64);
     (cache.block_rows as u64).saturating_mul(pages).min(u64::from(u32::MAX)) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `[rows, heads, 2, width]`: keys and values alternate and do not overlap.
+    #[test]
+    fn alternating_heads_are_separate() {
+        let array = |ptr, rows| nested("k_out", ptr, 32, [(rows, 4 * 64), (4, 64)]);
+        for rows in [0, 1, 6] {
+            assert!(array(0x1000, rows).check_separate(&array(0x1020, rows)).is_ok(), "{rows} rows");
+        }
+        for ptr in [0x1000, 0x1010, 0x1040, 0x1050] {
+            assert!(array(0x1000, 6).check_separate(&array(ptr, 6)).is_err(), "{ptr:#x}");
+        }
+        assert!(array(0x1000, 6).check_separate(&array(0x1000 + 6 * 256, 6)).is_ok());
+    }
 }
