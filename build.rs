@@ -41,6 +41,7 @@ fn main() {
         let entry = format!("gatefold_{}_{}", instance.template, instance.variant);
         let text = expand(&templates, &instance, &entry);
         let module = Module::read(&text, &entry, &instance).unwrap_or_else(|problem| panic!("{entry}: {problem}"));
+        let text = without_layout(&text);
         hash.write(text.as_bytes());
         fs::write(out.join(format!("{entry}.ptx")), &text).expect("OUT_DIR is writable");
         match families.iter_mut().find(|(template, _)| *template == instance.template) {
@@ -111,6 +112,29 @@ fn expand(templates: &Environment<'_>, instance: &Instance, entry: &str) -> Stri
     let name = format!("{}.ptx", instance.template);
     let template = templates.get_template(&name).unwrap_or_else(|error| panic!("{KERNELS}/{name}: {error}"));
     template.render(values).unwrap_or_else(|error| panic!("{entry}: {error}"))
+}
+
+/// What goes into the binary: the header as it is; after it one blank between words, no remarks but the headings of sections.
+/// Columns and remarks are for the reader of a template, and would be a quarter of the bytes.
+fn without_layout(text: &str) -> String {
+    let (header, code) = text.split_at(text.find("\n.version").expect("read before") + 1);
+    let mut out = String::from(header);
+    for line in code.lines().map(str::trim) {
+        let line = match line.split_once("//") {
+            Some((_, remark)) if !remark.starts_with(" ---") => line.split("//").next().unwrap_or_default(),
+            _ => line,
+        };
+        let mut words = line.split_ascii_whitespace();
+        if let Some(first) = words.next() {
+            out.push_str(first);
+            words.for_each(|word| {
+                out.push(' ');
+                out.push_str(word);
+            });
+            out.push('\n');
+        }
+    }
+    out
 }
 
 // --- what the expanded text says -------------------------------------------------------------------------------------
