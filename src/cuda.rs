@@ -45,7 +45,7 @@ pub use attention::{
     AttentionArgs, AttentionInput, AttentionOutput, AttentionPlan, AttentionProblem, Kv, KvShape, Merge, MergeArgs,
     MergePlan, attention, merge,
 };
-pub use combine::{Combine, CombineArgs, CombinePlan, CombineSharedArgs};
+pub use combine::{Combine, CombineArgs, CombineInput, CombinePlan, CombineSharedArgs, combine};
 #[cfg(feature = "cuda")]
 pub use device::Device;
 pub use driver::Stream;

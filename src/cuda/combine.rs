@@ -1,9 +1,11 @@
 //! The sum of a token's experts on the GPU, with the shared expert and the residual.
 
 use crate::cuda::driver::{Driver, Launch, Stream};
+use crate::cuda::group_tokens::dense;
 use crate::cuda::kernels::{Kernel, combine as kernels};
+use crate::cuda::memory::{DeviceView, DeviceViewMut, Queue};
 use crate::cuda::rows::{Rows, check_output_stride, check_sizes, stride_bytes, strides_aligned};
-use crate::element::Dtype;
+use crate::element::{Dtype, Element};
 use crate::error::{Error, Result};
 
 /// What to compute:
@@ -306,6 +308,127 @@ impl CombinePlan {
         // the plan describes, and the rest, is the caller's promise.
         unsafe { driver.launch(kernel, &launch, &params.to_bytes(), stream) }
     }
+}
+
+/// What [`combine`] reads.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct CombineInput<'a, T> {
+    /// `[num_rows, hidden_size]`
+    pub y: DeviceView<'a, T, 2>,
+    /// `[num_tokens, slots]`, contiguous
+    pub position: DeviceView<'a, u32, 2>,
+    /// `[num_tokens, slots]`: each is 1 without them.
+    pub topk_weights: Option<DeviceView<'a, f32, 2>>,
+    /// `[num_tokens, hidden_size]`: the shared expert's result.
+    pub shared: Option<DeviceView<'a, T, 2>>,
+    /// `[num_tokens, 1]`: what the sigmoid of the shared expert's gate takes; its factor is 1 without them.
+    pub shared_logit: Option<DeviceView<'a, f32, 2>>,
+    /// `[num_tokens, hidden_size]`
+    pub residual: Option<DeviceView<'a, T, 2>>,
+    /// Factor on the sum of the routed experts.
+    pub combine_scale: f64,
+    /// Factor on everything but the residual, where there is one.
+    pub residual_multiplier: f64,
+}
+
+impl<'a, T> CombineInput<'a, T> {
+    /// Routed experts alone, each with weight 1, factors of 1.
+    pub const fn new(y: DeviceView<'a, T, 2>, position: DeviceView<'a, u32, 2>) -> Self {
+        CombineInput {
+            y,
+            position,
+            topk_weights: None,
+            shared: None,
+            shared_logit: None,
+            residual: None,
+            combine_scale: 1.0,
+            residual_multiplier: 1.0,
+        }
+    }
+
+    /// Checks every array; gives `[num_tokens, slots]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Stride`], [`Error::Len`] for an array that does not fit; [`Error::Presence`] for a logit without a
+    /// shared expert.
+    pub fn check(&self, out: &DeviceViewMut<'_, T, 2>) -> Result<[usize; 2]> {
+        let [num_rows, hidden_size] = self.y.shape();
+        self.y.check("y", [num_rows, hidden_size])?;
+        let [num_tokens, slots] = self.position.shape();
+        self.position.check("position", [num_tokens, slots])?;
+        dense("position", [num_tokens, slots], self.position.strides())?;
+        if let Some(weights) = &self.topk_weights {
+            weights.check("topk_weights", [num_tokens, slots])?;
+        }
+        for (name, rows) in [("shared", &self.shared), ("residual", &self.residual)] {
+            if let Some(rows) = rows {
+                rows.check(name, [num_tokens, hidden_size])?;
+            }
+        }
+        if let Some(logit) = &self.shared_logit {
+            if self.shared.is_none() {
+                return Err(Error::unexpected("shared_logit", "there is no shared expert"));
+            }
+            logit.check("shared_logit", [num_tokens, 1])?;
+        }
+        out.check("out", [num_tokens, hidden_size])?;
+        Ok([num_tokens, slots])
+    }
+}
+
+/// The weighted sum of each token's rows of experts, with the shared expert and the residual: [`Combine`] has the formula.
+///
+/// * `y`: `[num_rows, hidden_size]`, in the order of [`group_tokens`](crate::cuda::group_tokens), whose `position` this takes
+/// * `out`: `[num_tokens, hidden_size]`
+///
+/// A position of `num_rows` and more is skipped, whatever its weight; a token without rows gets what is left of the formula. Rows are
+/// added in ascending order in f32, `out` is rounded once, and the bits of a token depend on nothing else in the call. No token is
+/// a legal call.
+///
+/// # Errors
+/// Those of [`CombineInput::check`], [`CombinePlan::new`] and [`CombinePlan::launch`]; [`Error::Value`] for arrays that are lent to
+/// another stream. Nothing is written then.
+pub fn combine<T: Element>(
+    queue: &mut Queue<'_>,
+    input: &CombineInput<'_, T>,
+    out: DeviceViewMut<'_, T, 2>,
+) -> Result<()> {
+    let CombineInput { y, position, topk_weights, shared, shared_logit, residual, .. } = input;
+    let [num_tokens, slots] = input.check(&out)?;
+    queue.check_homes(&[
+        y.home(),
+        position.home(),
+        topk_weights.and_then(|view| view.home()),
+        shared.and_then(|view| view.home()),
+        shared_logit.and_then(|view| view.home()),
+        residual.and_then(|view| view.home()),
+        out.home(),
+    ])?;
+    let [num_rows, hidden_size] = y.shape();
+    let mut problem = Combine::new(T::DTYPE, num_tokens, slots, hidden_size);
+    problem.num_rows = num_rows;
+    (problem.combine_scale, problem.residual_multiplier) = (input.combine_scale, input.residual_multiplier);
+    problem.y_stride = y.strides()[0];
+    problem.out_stride = out.strides()[0];
+    let mut args = CombineArgs::new(y.ptr(), position.ptr(), out.ptr());
+    if let Some(weights) = topk_weights {
+        problem.topk_weights_stride = weights.strides()[0];
+        args = args.with_weights(weights.ptr());
+    }
+    if let Some(shared) = shared {
+        problem.shared_stride = shared.strides()[0];
+        problem.shared_logit_stride = shared_logit.map_or(1, |logit| logit.strides()[0]);
+        args = args.with_shared(shared.ptr(), shared_logit.map(|logit| logit.ptr()));
+    }
+    if let Some(residual) = residual {
+        problem.residual_stride = residual.strides()[0];
+        args = args.with_residual(residual.ptr());
+    }
+    let plan = CombinePlan::new(&problem)?;
+    // SAFETY: the views are memory of the queue's device with the shapes and strides checked above, borrowed for as long as
+    // the queue's work may use them.
+    unsafe { plan.launch(queue.driver(), &args, queue.stream()) }
 }
 
 #[cfg(test)]

@@ -478,7 +478,7 @@ pub fn group_tokens(
 }
 
 /// An array without gaps.
-fn dense<const N: usize>(name: &str, shape: [usize; N], strides: [usize; N]) -> Result<()> {
+pub(super) fn dense<const N: usize>(name: &str, shape: [usize; N], strides: [usize; N]) -> Result<()> {
     let wanted = contiguous(shape);
     if shape.contains(&0) || (0..N).all(|i| shape[i] == 1 || strides[i] == wanted[i]) {
         return Ok(());

@@ -9,7 +9,7 @@ use crate::on_devices;
 use crate::staged::{Staged, StagedMut};
 use gatefold::Element;
 use gatefold::cuda::driver::{Buffer, Driver};
-use gatefold::cuda::{Combine, CombineArgs, CombinePlan, Stream};
+use gatefold::cuda::{self, Combine, CombineArgs, CombineInput, CombinePlan, DeviceView, DeviceViewMut, Queue, Stream};
 use half::{bf16, f16};
 
 /// What stands around the sum of the routed experts.
@@ -153,30 +153,19 @@ impl<T: Element> Case<T> {
         }
         let mut staged = StagedMut::new(driver, &out.view()).unwrap();
 
-        let mut problem = Combine::new(T::DTYPE, tokens, slots, hidden);
-        (problem.combine_scale, problem.residual_multiplier) = (options.scale, options.multiplier);
-        problem.y_stride = y.view().strides()[0];
-        problem.topk_weights_stride = weights.view().strides()[0];
-        problem.shared_stride = shared.view().strides()[0];
-        problem.shared_logit_stride = logit.view().strides()[0];
-        problem.residual_stride = residual.view().strides()[0];
-        problem.out_stride = staged.view().strides()[0];
-        let plan = CombinePlan::new(&problem).unwrap();
-        assert_eq!(plan.workspace_bytes(), 0);
-        plan.warmup(driver).unwrap();
-        let written = staged.view().ptr();
-        let mut args = CombineArgs::new(y.view().ptr(), position.ptr(), written);
-        if options.weights {
-            args = args.with_weights(weights.view().ptr());
+        // SAFETY: the buffer holds the positions and outlives the call.
+        let at = unsafe { DeviceView::from_raw(position.ptr(), tokens * slots, [tokens, slots], [slots, 1]) };
+        let mut input = CombineInput::new(y.view(), at);
+        input.topk_weights = options.weights.then(|| weights.view());
+        input.shared = options.shared.then(|| shared.view());
+        input.shared_logit = (options.shared && options.gate).then(|| logit.view());
+        input.residual = options.residual.then(|| residual.view());
+        (input.combine_scale, input.residual_multiplier) = (options.scale, options.multiplier);
+        if options.in_place && options.residual {
+            in_place(driver, &input, staged.view());
+        } else {
+            cuda::combine(&mut Queue::new(driver), &input, staged.view()).unwrap();
         }
-        if options.shared {
-            args = args.with_shared(shared.view().ptr(), options.gate.then_some(logit.view().ptr()));
-        }
-        if options.residual {
-            args = args.with_residual(if options.in_place { written } else { residual.view().ptr() });
-        }
-        // SAFETY: all arrays have the plan's shapes and strides and outlive the read below, which waits.
-        unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
         staged.finish(Stream::LEGACY, out.view()).unwrap();
         out.finish("out")
     }
@@ -187,6 +176,31 @@ impl<T: Element> Case<T> {
         let found = self.run(driver, options);
         assert_rows(&format!("out, {what}, {options:?}"), &found, &truth, &naive, self.hidden);
     }
+}
+
+/// The same by pointers, with the residual where `out` is.
+fn in_place<T: Element>(driver: &dyn Driver, input: &CombineInput<'_, T>, out: DeviceViewMut<'_, T, 2>) {
+    let ([tokens, slots], [rows, hidden]) = (input.position.shape(), input.y.shape());
+    let mut problem = Combine::new(T::DTYPE, tokens, slots, hidden);
+    problem.num_rows = rows;
+    (problem.combine_scale, problem.residual_multiplier) = (input.combine_scale, input.residual_multiplier);
+    problem.y_stride = input.y.strides()[0];
+    (problem.residual_stride, problem.out_stride) = (out.strides()[0], out.strides()[0]);
+    let mut args = CombineArgs::new(input.y.ptr(), input.position.ptr(), out.ptr()).with_residual(out.ptr());
+    if let Some(weights) = input.topk_weights {
+        problem.topk_weights_stride = weights.strides()[0];
+        args = args.with_weights(weights.ptr());
+    }
+    if let Some(shared) = input.shared {
+        problem.shared_stride = shared.strides()[0];
+        problem.shared_logit_stride = input.shared_logit.map_or(1, |logit| logit.strides()[0]);
+        args = args.with_shared(shared.ptr(), input.shared_logit.map(|logit| logit.ptr()));
+    }
+    let plan = CombinePlan::new(&problem).unwrap();
+    assert_eq!(plan.workspace_bytes(), 0);
+    plan.warmup(driver).unwrap();
+    // SAFETY: all arrays have the plan's shapes and strides and outlive the read of the result, which waits.
+    unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
 }
 
 fn bits<T: Element>(data: &[T]) -> &[u8] {
@@ -360,6 +374,64 @@ fn combine_of_far_rows() {
         }
         assert_eq!(bits(&found), bits(&near.run(driver, &options)));
     });
+}
+
+/// Arrays that do not fit are typed errors that name the argument, what was expected and what was found; nothing is written.
+#[test]
+fn combine_errors() {
+    type Edit = fn(&mut CombineInput<'static, f32>);
+    // Nobody follows these pointers.
+    fn at<T, const N: usize>(shape: [usize; N], strides: [usize; N]) -> DeviceView<'static, T, N> {
+        let len = 1 + shape.iter().zip(strides).map(|(n, s)| n.saturating_sub(1) * s).sum::<usize>();
+        // SAFETY: no call below comes as far as a launch.
+        unsafe { DeviceView::from_raw(0x10_0000, len, shape, strides) }
+    }
+    let edits: [(&str, Edit); 13] = [
+        ("`y` has 3 elements, its shape asks for 48", |i| {
+            // SAFETY: as above.
+            i.y = unsafe { DeviceView::from_raw(0x10_0000, 3, [6, 8], [8, 1]) };
+        }),
+        ("`y` has strides [16, 2], expected the last dimension contiguous (stride 1)", |i| i.y = at([6, 8], [16, 2])),
+        ("`out` has shape [3, 8], expected [3, 9]", |i| i.y = at([6, 9], [9, 1])),
+        ("`out` has shape [3, 8], expected [4, 8]", |i| i.position = at([4, 2], [2, 1])),
+        ("`position` has strides [5, 1], expected [2, 1]", |i| i.position = at([3, 2], [5, 1])),
+        ("`topk_weights` has shape [3, 1], expected [3, 2]", |i| i.topk_weights = Some(at([3, 1], [1, 1]))),
+        ("`shared` has shape [3, 7], expected [3, 8]", |i| i.shared = Some(at([3, 7], [7, 1]))),
+        ("`shared_logit` is given, expected it to be absent: there is no shared expert", |i| {
+            i.shared_logit = Some(at([3, 1], [1, 1]))
+        }),
+        ("`shared_logit` has shape [3, 2], expected [3, 1]", |i| {
+            (i.shared, i.shared_logit) = (Some(at([3, 8], [8, 1])), Some(at([3, 2], [2, 1])));
+        }),
+        ("`residual` has shape [2, 8], expected [3, 8]", |i| i.residual = Some(at([2, 8], [8, 1]))),
+        ("`combine_scale` is NaN, expected a finite number in f32", |i| i.combine_scale = f64::NAN),
+        ("`residual_multiplier` is 1000000000000000000000000000000000000000, expected", |i| {
+            i.residual_multiplier = 1e39
+        }),
+        ("unsupported by cuda: 3 tokens with 3072 experts each", |i| i.position = at([3, 3072], [3072, 1])),
+    ];
+    let simulator = Simulator::new(false);
+    let mut out = Output::<f32, 2>::new([3, 8], Layout::Contiguous);
+    let mut staged = StagedMut::new(&simulator, &out.view()).unwrap();
+    let mut fails = |want: &str, input: &CombineInput<'_, f32>| {
+        let error = cuda::combine(&mut Queue::new(&simulator), input, staged.view()).unwrap_err().to_string();
+        assert!(error.starts_with(want), "{error}");
+    };
+    let good = CombineInput::new(at([6, 8], [8, 1]), at([3, 2], [2, 1]));
+    for (want, edit) in edits {
+        let mut input = good;
+        edit(&mut input);
+        fails(want, &input);
+    }
+    let place = staged.view().ptr();
+    let mut overlapping = good;
+    // SAFETY: the call refuses it.
+    overlapping.y = unsafe { DeviceView::from_raw(place + 32, 48, [6, 8], [8, 1]) };
+    let error = cuda::combine(&mut Queue::new(&simulator), &overlapping, staged.view()).unwrap_err();
+    assert_eq!(error.to_string(), "`out` overlaps `y`, expected separate memory");
+    staged.finish(Stream::LEGACY, out.view()).unwrap();
+    out.assert_untouched("out");
+    assert!(simulator.take_counters().is_empty(), "something was launched");
 }
 
 /// Nothing is moved that need not be: rows in whole sectors, once.
