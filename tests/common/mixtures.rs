@@ -1,15 +1,15 @@
 //! What tests of whole mixtures share: any mixture, the textbook method, and how a routing is compared.
 
 use super::buffer::Array;
-use super::mixture_case::MoeCase;
-use super::moe_case::{ExpertCase, ExpertOptions, RouteResult};
+use super::mixture_case::{MoeCase, MoeResult};
+use super::moe_case::{ExpertCase, ExpertOptions, RouteCase, RouteResult};
 use super::naive::Store;
 use super::strategies;
-use super::sums::{naive_experts, naive_sum};
+use super::sums::{assert_sums, bits, naive_experts, naive_sum};
 use super::tolerance::ulp;
 use gatefold::args::Routing;
 use gatefold::spec::{Moe, Router, SecondExpert, Selection, SharedExpert};
-use gatefold::{Dtype, Element};
+use gatefold::{Dtype, Element, reference};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -84,6 +84,95 @@ pub fn coupled(router: &Router) -> bool {
         || router.jitter.is_some()
         || router.second_expert == SecondExpert::Random
         || matches!(router.selection, Selection::ExpertChoice | Selection::Sinkhorn { .. })
+}
+
+/// What a test of mixtures must know of a backend.
+pub struct Backend<'a, T, W, Q, O> {
+    /// For messages.
+    pub who: String,
+    /// How it keeps values between the projections.
+    pub inner: Store,
+    /// How it keeps the result of an expert.
+    pub rows: Store,
+    /// Whether the same call gives the same bits: a simulator may err at random.
+    pub exact: bool,
+    /// The call, with a routing that is given or asked for.
+    pub moe: &'a dyn Fn(&MoeCase<T, W, Q>, Option<Routing<'_, f32>>, bool) -> MoeResult<O, f32>,
+    /// The router's logits.
+    pub logits: &'a dyn Fn(&MoeCase<T, W, Q>) -> Vec<f32>,
+}
+
+/// Against the reference, then bit for bit: again, without asking for the routing, with the routing given, and some of the tokens
+/// alone. The routing is computed inside, or (`given`) that of the case is used.
+pub fn check_mixture<T: Element, W: Element, Q: Element, O: Element>(
+    backend: &Backend<'_, T, W, Q, O>,
+    case: &MoeCase<T, W, Q>,
+    given: bool,
+) {
+    let (spec, weights, n) = (&case.spec, case.weights(), case.num_tokens());
+    let width = spec.experts.ffn.hidden_size;
+    let types = [T::DTYPE, W::DTYPE, Q::DTYPE, O::DTYPE];
+    let what = format!("{} {types:?}, {spec:?}, {:?}, given: {given}", backend.who, case.experts.options);
+    let (got, chosen) = if given {
+        let got = (backend.moe)(case, Some(case.experts.routing()), false);
+        (got, Chosen { ids: case.experts.ids.clone(), weights: case.experts.topk_weights.clone() })
+    } else {
+        let got = (backend.moe)(case, None, true);
+        let route = got.route.as_ref().unwrap();
+        // With jitter the logits differ in their last bits, and one of these may choose another expert.
+        if spec.router.jitter.is_some() {
+            let shape = [n, spec.router.num_experts];
+            let mut routes = RouteCase::with_logits(&spec.router, shape[0], &(backend.logits)(case), case.seed);
+            routes.selection_bias = case.selection_bias.clone();
+            routes.token_mask = case.token_mask.clone();
+            assert_route(&what, route, &routes.run(reference::route));
+        } else {
+            let truth =
+                case.run::<f64, f64>(None, true, |spec, input, output| reference::moe(spec, input, &weights, output));
+            assert_route(&what, route, truth.route.as_ref().unwrap());
+        }
+        let chosen = Chosen::of(case, route);
+        (got, chosen)
+    };
+    let routing = Some(chosen.routing());
+    let truth =
+        case.run::<f64, f64>(routing, false, |spec, input, output| reference::moe(spec, input, &weights, output)).out;
+    let naive = naive_mixture::<T, W, Q, O>(case, &chosen, backend.inner, backend.rows);
+    // The outputs of a token share its inner values, so the luck of a few sums: more tokens where those are few.
+    let inner = spec.shared.map_or(usize::MAX, |s| s.ffn.intermediate_size);
+    let rows = 128usize.div_ceil(inner.min(spec.experts.ffn.intermediate_size));
+    assert_sums(&what, &got.out, &truth, &naive, width * rows);
+    if !backend.exact {
+        return;
+    }
+    let replayed = (backend.moe)(case, routing, false);
+    assert!(bits(&got.out) == bits(&replayed.out), "{what}: the same routing, given");
+    if !given {
+        let again = (backend.moe)(case, None, true);
+        assert!(bits(&got.out) == bits(&again.out), "{what}: again");
+        let [weights, weights_again] = [&got, &again].map(|result| bits(&result.route.as_ref().unwrap().weights));
+        assert_eq!(weights, weights_again, "{what}: again");
+        let unasked = (backend.moe)(case, None, false);
+        assert!(bits(&got.out) == bits(&unasked.out), "{what}: the routing was not asked for");
+    }
+    if n > 0 {
+        let first = case.seed as usize % n;
+        let tokens = first..first + 1 + (case.seed >> 32) as usize % (n - first);
+        let (slots, layout) = (chosen.ids.shape()[1], case.experts.options.layout);
+        let (shape, of) = ([tokens.len(), slots], tokens.start * slots..tokens.end * slots);
+        let (ids, weights) = (&chosen.ids.values()[of.clone()], &chosen.weights.values()[of]);
+        let mut part = case.part(tokens.clone());
+        part.experts.ids = Array::new(shape, layout, ids);
+        part.experts.topk_weights = Array::new(shape, layout, weights);
+        let want = bits(&got.out[tokens.start * width..tokens.end * width]);
+        let alone = (backend.moe)(&part, Some(part.experts.routing()), false);
+        assert!(bits(&alone.out) == want, "{what}: tokens {tokens:?} alone, their routing given");
+        if !given && !coupled(&spec.router) {
+            let alone = (backend.moe)(&part, None, true);
+            assert!(bits(&alone.out) == want, "{what}: tokens {tokens:?} alone");
+            assert_eq!(alone.route.unwrap().ids, ids, "{what}: tokens {tokens:?} alone");
+        }
+    }
 }
 
 /// Any mixture with few experts and sizes around these blocks. Sums are long enough to have an error that is not luck.

@@ -38,6 +38,7 @@ pub mod simulator;
 pub mod skip;
 pub mod strategies;
 pub mod sums;
+pub mod tables;
 pub mod tolerance;
 
 pub use attention_case::{AttentionCase, AttentionOptions, AttentionResult};

@@ -1,15 +1,17 @@
 //! `cpu::moe` at every level against the reference: any router, with the routing computed inside or given, and any shared expert.
 
-use crate::common::mixtures::{Chosen, assert_route, coupled, mixtures, naive_mixture};
+use crate::common::mixtures::{Backend, check_mixture, mixtures};
 use crate::common::naive::Store;
-use crate::common::sums::{assert_sums, bits, inner_store, with_threads};
-use crate::common::{Array, ExpertOptions, GateUp, Layout, MoeCase, MoeResult, Output, RouteResult};
+use crate::common::sums::{bits, inner_store, with_threads};
+use crate::common::tables::{Table, mixture};
+use crate::common::{ExpertOptions, GateUp, Layout, MoeCase, MoeResult, Output};
 use gatefold::args::{MoeInput, MoeOutput, RouteOutput, Routing};
 use gatefold::cpu::{self, Cpu, Float, Level, PackedLinear, PackedMoe};
 use gatefold::spec::{Activation, AuxLoss, ExpertFfn, Ffn, Moe, Renormalize, Router, Score, SharedExpert, WeightOn};
-use gatefold::{Error, View, ViewMut, reference};
+use gatefold::{Dtype, Error, View, ViewMut};
 use half::{bf16, f16};
 use proptest::prelude::*;
+use std::cell::Cell;
 
 fn call<T: Float, W: Float, Q: Float, O: Float>(
     case: &MoeCase<T, W, Q>,
@@ -31,79 +33,34 @@ fn call<T: Float, W: Float, Q: Float, O: Float>(
     })
 }
 
-/// The reference's routing of the logits that this level computes.
-fn route_of_logits<T: Float, W: Float, Q: Float>(case: &MoeCase<T, W, Q>, level: Level) -> RouteResult<f64> {
+/// The logits that this level computes.
+fn logits<T: Float, W: Float, Q: Float>(case: &MoeCase<T, W, Q>, level: Level) -> Vec<f32> {
     let shape = [case.num_tokens(), case.spec.router.num_experts];
     let router = PackedLinear::pack(case.router.view()).unwrap();
     let mut logits = vec![0.0; shape[0] * shape[1]];
     let (spec, hidden, bias) = (&case.spec.router, case.experts.hidden.view(), case.router_bias.as_deref());
     let out = ViewMut::new(&mut logits, shape);
     cpu::router_logits(&mut Cpu::with_level(level), spec, hidden, &router, bias, case.seed, out).unwrap();
-    let mut routes = crate::common::RouteCase::with_logits(spec, shape[0], &logits, case.seed);
-    routes.selection_bias = case.selection_bias.clone();
-    routes.token_mask = case.token_mask.clone();
-    routes.run(reference::route)
+    logits
 }
 
-/// The routing is computed inside, or (`given`) that of the case is used.
-fn check<T: Float, W: Float, Q: Float, O: Float>(case: &MoeCase<T, W, Q>, given: bool, threads: usize) {
-    let (spec, weights, n) = (&case.spec, case.weights(), case.num_tokens());
-    let width = spec.experts.ffn.hidden_size;
-    let packed = with_threads(threads, || PackedMoe::pack(spec, &weights).unwrap());
-    let truth = (!given)
-        .then(|| case.run::<f64, f64>(None, true, |spec, input, output| reference::moe(spec, input, &weights, output)));
+/// On every level, with another number of threads in every call. The routing is computed inside, or (`given`) that of the case is used.
+pub fn check<T: Float, W: Float, Q: Float, O: Float>(case: &MoeCase<T, W, Q>, given: bool, threads: usize) {
+    let packed = with_threads(threads, || PackedMoe::pack(&case.spec, &case.weights()).unwrap());
     for level in Level::available() {
-        let types = [T::DTYPE, W::DTYPE, Q::DTYPE, O::DTYPE];
-        let what = format!("{level} {types:?}, {spec:?}, {:?}, given: {given}", case.experts.options);
-        let (got, chosen) = if given {
-            let got = call::<T, W, Q, O>(case, &packed, level, threads, Some(case.experts.routing()), false);
-            (got, Chosen { ids: case.experts.ids.clone(), weights: case.experts.topk_weights.clone() })
-        } else {
-            let got = call::<T, W, Q, O>(case, &packed, level, threads, None, true);
-            let route = got.route.as_ref().unwrap();
-            // With jitter the logits differ in their last bits, and one of these may choose another expert.
-            match (&truth, spec.router.jitter) {
-                (Some(truth), None) => assert_route(&what, route, truth.route.as_ref().unwrap()),
-                _ => assert_route(&what, route, &route_of_logits(case, level)),
-            }
-            let chosen = Chosen::of(case, route);
-            let other = call::<T, W, Q, O>(case, &packed, level, threads % 3 + 1, None, true);
-            assert!(bits(&got.out) == bits(&other.out), "{what}: another number of threads");
-            assert_eq!(bits(&route.weights), bits(&other.route.unwrap().weights), "{what}: another number of threads");
-            let unasked = call::<T, W, Q, O>(case, &packed, level, threads, None, false);
-            assert!(bits(&got.out) == bits(&unasked.out), "{what}: the routing was not asked for");
-            (got, chosen)
+        let calls = Cell::new(threads);
+        let backend = Backend::<T, W, Q, O> {
+            who: level.to_string(),
+            inner: inner_store::<T, W>(level),
+            rows: Store::F32,
+            exact: true,
+            moe: &|case, given, ask| {
+                let threads = 1 + calls.replace(calls.get() + 1) % 3;
+                call(case, &packed, level, threads, given, ask)
+            },
+            logits: &|case| logits(case, level),
         };
-        let routing = Some(chosen.routing());
-        let truth = case
-            .run::<f64, f64>(routing, false, |spec, input, output| reference::moe(spec, input, &weights, output))
-            .out;
-        let naive = naive_mixture::<T, W, Q, O>(case, &chosen, inner_store::<T, W>(level), Store::F32);
-        // The outputs of a token share its inner values, so the luck of a few sums: more tokens where those are few.
-        let inner = spec.shared.map_or(usize::MAX, |s| s.ffn.intermediate_size);
-        let rows = 128usize.div_ceil(inner.min(spec.experts.ffn.intermediate_size));
-        assert_sums(&what, &got.out, &truth, &naive, width * rows);
-
-        let replayed = call::<T, W, Q, O>(case, &packed, level, threads % 3 + 1, routing, false);
-        assert!(bits(&got.out) == bits(&replayed.out), "{what}: replayed");
-        if n > 0 {
-            let first = case.seed as usize % n;
-            let tokens = first..first + 1 + (case.seed >> 32) as usize % (n - first);
-            let mut part = case.part(tokens.clone());
-            let (ids, weights) = (chosen.ids.values(), chosen.weights.values());
-            let slots = chosen.ids.shape()[1];
-            let (shape, of) = ([tokens.len(), slots], tokens.start * slots..tokens.end * slots);
-            part.experts.ids = Array::new(shape, Layout::Padded, &ids[of.clone()]);
-            part.experts.topk_weights = Array::new(shape, Layout::Padded, &weights[of.clone()]);
-            let want = bits(&got.out[tokens.start * width..tokens.end * width]);
-            let alone = call::<T, W, Q, O>(&part, &packed, level, threads, Some(part.experts.routing()), false);
-            assert!(bits(&alone.out) == want, "{what}: tokens {tokens:?} alone, replayed");
-            if !given && !coupled(&spec.router) {
-                let alone = call::<T, W, Q, O>(&part, &packed, level, threads, None, true);
-                assert!(bits(&alone.out) == want, "{what}: tokens {tokens:?} alone");
-                assert_eq!(alone.route.unwrap().ids, ids[of], "{what}: tokens {tokens:?} alone");
-            }
-        }
+        check_mixture(&backend, case, given);
     }
 }
 
@@ -144,6 +101,59 @@ proptest! {
             0 => run::<f32, bf16, f32, f32>(&m, given, threads, seed),
             1 => run::<bf16, f32, f16, bf16>(&m, given, threads, seed),
             _ => run::<f16, bf16, f32, f16>(&m, given, threads, seed),
+        }
+    }
+}
+
+/// Every pair of values of two options of router, experts and mixture.
+#[test]
+fn every_pair_of_options() {
+    fn check_row<T: Float, W: Float>(call: &mixture::Call, seed: u64) {
+        match call.router {
+            Dtype::F32 => check_as::<T, W, f32>(call, seed),
+            _ => check_as::<T, W, bf16>(call, seed),
+        }
+    }
+    fn check_as<T: Float, W: Float, Q: Float>(call: &mixture::Call, seed: u64) {
+        let (spec, options) = mixture::finish(call);
+        let mut case = MoeCase::<T, W, Q>::new(&spec, options, seed);
+        if call.route.token_mask {
+            case = case.with_mask();
+        }
+        check::<T, W, Q, T>(&case, call.given.is_some(), 2);
+    }
+    let table = mixture::table().and(Table::new(vec![
+        (
+            "layout",
+            vec![
+                ("contiguous", |_| {}),
+                ("padded", |c| c.experts.options.layout = Layout::Padded),
+                ("permuted", |c| c.experts.options.layout = Layout::Permuted),
+            ],
+        ),
+        (
+            "types",
+            vec![
+                ("f32", |_| {}),
+                ("bf16", |c| c.experts.types = (Dtype::BF16, Dtype::BF16)),
+                ("f16", |c| c.experts.types = (Dtype::F16, Dtype::F16)),
+                ("f32 x bf16", |c| c.experts.types.1 = Dtype::BF16),
+                ("bf16 x f32", |c| c.experts.types.0 = Dtype::BF16),
+            ],
+        ),
+        ("router", vec![("f32", |_| {}), ("bf16", |c| c.router = Dtype::BF16)]),
+    ]));
+    let base = mixture::base(20, 18);
+    let pairs = table.rows("mixtures", &base, 1, mixture::valid);
+    for (seed, row) in pairs.rows.iter().enumerate() {
+        let call = table.apply(&base, row);
+        println!("{}", table.describe(row));
+        match call.experts.types {
+            (Dtype::F32, Dtype::F32) => check_row::<f32, f32>(&call, seed as u64),
+            (Dtype::F32, _) => check_row::<f32, bf16>(&call, seed as u64),
+            (Dtype::F16, _) => check_row::<f16, f16>(&call, seed as u64),
+            (_, Dtype::F32) => check_row::<bf16, f32>(&call, seed as u64),
+            _ => check_row::<bf16, bf16>(&call, seed as u64),
         }
     }
 }

@@ -1,16 +1,17 @@
 //! Blocks, experts and whole mixtures: sort, products and sums in a row, against the reference.
 
-use crate::common::mixtures::{Chosen, assert_route, coupled, mixtures, naive_mixture};
+use crate::common::mixtures;
 use crate::common::naive::Store;
 use crate::common::simulator::Simulator;
 use crate::common::sums::{assert_sums, bits, naive_experts};
+use crate::common::tables::{Table, mixture};
 use crate::common::{Array, ExpertCase, ExpertOptions, GateUp, Layout, MoeCase, MoeResult, Output, strategies};
 use crate::{on_devices, on_recorders, staged};
 use gatefold::args::Routing;
 use gatefold::cuda::driver::{Buffer, Driver, Recorder};
 use gatefold::cuda::{FfnArgs, FfnStrides, MoeArgs, MoePlan, MoeProblem};
 use gatefold::spec::{Activation, ExpertFfn, Ffn, Moe, Renormalize, Router, Score, SharedExpert, WeightOn};
-use gatefold::{Element, reference};
+use gatefold::{Dtype, Element, ViewMut, reference};
 use half::{bf16, f16};
 use proptest::prelude::*;
 
@@ -211,50 +212,24 @@ fn mixture_of<T: Element, Q: Element>(
     case.run(given, ask, |spec, input, output| staged::moe(driver, spec, input, &weights, output))
 }
 
-/// The routing is computed inside, or (`given`) that of the case is used.
+/// The routing is computed inside, or (`given`) that of the case is used. `exact`: the device's instructions do not err at random.
 fn check_mixture<T: Element, Q: Element>(driver: &dyn Driver, case: &MoeCase<T, T, Q>, given: bool, exact: bool) {
-    let (spec, weights, n) = (&case.spec, case.weights(), case.num_tokens());
-    let width = spec.experts.ffn.hidden_size;
-    let what = format!("{:?}, {spec:?}, {:?}, given: {given}", T::DTYPE, case.experts.options);
-    let (got, chosen) = if given {
-        let got = mixture_of(driver, case, Some(case.experts.routing()), false);
-        (got, Chosen { ids: case.experts.ids.clone(), weights: case.experts.topk_weights.clone() })
-    } else {
-        let truth =
-            case.run::<f64, f64>(None, true, |spec, input, output| reference::moe(spec, input, &weights, output));
-        let got = mixture_of(driver, case, None, true);
-        let route = got.route.as_ref().unwrap();
-        assert_route(&what, route, truth.route.as_ref().unwrap());
-        if exact {
-            let unasked = mixture_of(driver, case, None, false);
-            assert!(bits(&got.out) == bits(&unasked.out), "{what}: the routing was not asked for");
-        }
-        let chosen = Chosen::of(case, route);
-        (got, chosen)
+    let backend = mixtures::Backend::<T, T, Q, T> {
+        who: "cuda".into(),
+        inner: Store::Storage,
+        rows: Store::Storage,
+        exact,
+        moe: &|case, given, ask| mixture_of(driver, case, given, ask),
+        logits: &|case| {
+            let shape = [case.num_tokens(), case.spec.router.num_experts];
+            let mut logits = vec![0.0; shape[0] * shape[1]];
+            let (spec, hidden, router) = (&case.spec.router, case.experts.hidden.view(), case.router.view());
+            let (bias, out) = (case.router_bias.as_deref(), ViewMut::new(&mut logits, shape));
+            staged::router_logits(driver, spec, hidden, router, bias, case.seed, out).unwrap();
+            logits
+        },
     };
-    let routing = Some(chosen.routing());
-    let truth =
-        case.run::<f64, f64>(routing, false, |spec, input, output| reference::moe(spec, input, &weights, output)).out;
-    let naive = naive_mixture::<T, T, Q, T>(case, &chosen, Store::Storage, Store::Storage);
-    // The outputs of a token share its inner values, so the luck of a few sums: more tokens where those are few.
-    let inner = spec.shared.map_or(usize::MAX, |s| s.ffn.intermediate_size);
-    let rows = 128usize.div_ceil(inner.min(spec.experts.ffn.intermediate_size));
-    assert_sums(&what, &got.out, &truth, &naive, width * rows);
-    if exact && n > 0 {
-        let replayed = mixture_of(driver, case, routing, false);
-        assert!(bits(&got.out) == bits(&replayed.out), "{what}: replayed");
-        let first = case.seed as usize % n;
-        let tokens = first..first + 1 + (case.seed >> 32) as usize % (n - first);
-        let part = case.part(tokens.clone());
-        let want = bits(&got.out[tokens.start * width..tokens.end * width]);
-        if given {
-            let alone = mixture_of(driver, &part, Some(part.experts.routing()), false);
-            assert!(bits(&alone.out) == want, "{what}: tokens {tokens:?} alone");
-        } else if !coupled(&spec.router) {
-            let alone = mixture_of(driver, &part, None, true);
-            assert!(bits(&alone.out) == want, "{what}: tokens {tokens:?} alone");
-        }
-    }
+    mixtures::check_mixture(&backend, case, given);
 }
 
 fn run_mixture<T: Element, Q: Element>(
@@ -268,7 +243,6 @@ fn run_mixture<T: Element, Q: Element>(
         shared.ffn.hidden_size = spec.experts.ffn.hidden_size;
         shared.ffn.intermediate_size = shared.ffn.intermediate_size.next_multiple_of(8);
     }
-    spec.router.jitter = None; // logits would differ in their last bits, and one of these may choose another expert
     let mut case = MoeCase::<T, T, Q>::new(&spec, options, seed);
     if mask {
         case = case.with_mask();
@@ -279,20 +253,67 @@ fn run_mixture<T: Element, Q: Element>(
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(8))]
     #[test]
-    fn mixtures_bf16(m in mixtures(16, 32, 16), given: bool, exact: bool, seed: u64) {
+    fn mixtures_bf16(m in mixtures::mixtures(16, 32, 16), given: bool, exact: bool, seed: u64) {
         run_mixture::<bf16, bf16>(m, given, exact, seed);
     }
     #[test]
-    fn mixtures_bf16_with_a_router_in_f32(m in mixtures(12, 24, 32), given: bool, exact: bool, seed: u64) {
+    fn mixtures_bf16_with_a_router_in_f32(m in mixtures::mixtures(12, 24, 32), given: bool, exact: bool, seed: u64) {
         run_mixture::<bf16, f32>(m, given, exact, seed);
     }
     #[test]
-    fn mixtures_f16(m in mixtures(12, 24, 32), given: bool, exact: bool, seed: u64) {
+    fn mixtures_f16(m in mixtures::mixtures(12, 24, 32), given: bool, exact: bool, seed: u64) {
         run_mixture::<f16, f16>(m, given, exact, seed);
     }
     #[test]
-    fn mixtures_f32(m in mixtures(12, 32, 16), given: bool, exact: bool, seed: u64) {
+    fn mixtures_f32(m in mixtures::mixtures(12, 32, 16), given: bool, exact: bool, seed: u64) {
         run_mixture::<f32, f32>(m, given, exact, seed);
+    }
+}
+
+/// Every pair of values of two options of router, experts and mixture, in another table and with other numbers for each seed.
+#[test]
+fn every_pair_of_options_of_a_mixture() {
+    fn check_row<T: Element>(driver: &dyn Driver, call: &mixture::Call, exact: bool, seed: u64) {
+        match call.router {
+            Dtype::F32 => check_as::<T, f32>(driver, call, exact, seed),
+            Dtype::BF16 => check_as::<T, bf16>(driver, call, exact, seed),
+            _ => check_as::<T, f16>(driver, call, exact, seed),
+        }
+    }
+    fn check_as<T: Element, Q: Element>(driver: &dyn Driver, call: &mixture::Call, exact: bool, seed: u64) {
+        let (spec, options) = mixture::finish(call);
+        let mut case = MoeCase::<T, T, Q>::new(&spec, options, seed);
+        if call.route.token_mask {
+            case = case.with_mask();
+        }
+        check_mixture(driver, &case, call.given.is_some(), exact);
+    }
+    let table = mixture::table().and(Table::new(vec![
+        ("layout", vec![("contiguous", |_| {}), ("aligned", |c| c.experts.options.layout = Layout::Aligned)]),
+        (
+            "type",
+            vec![
+                ("f32", |_| {}),
+                ("bf16", |c| c.experts.types.0 = Dtype::BF16),
+                ("f16", |c| c.experts.types.0 = Dtype::F16),
+            ],
+        ),
+        ("router", vec![("f32", |_| {}), ("bf16", |c| c.router = Dtype::BF16), ("f16", |c| c.router = Dtype::F16)]),
+    ]));
+    let base = mixture::base(40, 24);
+    for seed in 0..3 {
+        let pairs = table.rows("mixtures", &base, seed, mixture::valid);
+        for (i, row) in pairs.rows.iter().enumerate() {
+            let call = table.apply(&base, row);
+            let (exact, seed) = ((i as u64 + seed).is_multiple_of(2), 1000 * seed + i as u64);
+            let driver = Simulator::new(!exact);
+            println!("{}", table.describe(row));
+            match call.experts.types.0 {
+                Dtype::F32 => check_row::<f32>(&driver, &call, exact, seed),
+                Dtype::BF16 => check_row::<bf16>(&driver, &call, exact, seed),
+                _ => check_row::<f16>(&driver, &call, exact, seed),
+            }
+        }
     }
 }
 

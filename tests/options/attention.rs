@@ -7,106 +7,104 @@ use gatefold::args::AttentionOutput;
 use gatefold::{ViewMut, reference};
 
 pub fn table() -> Table<AttentionOptions> {
-    Table {
-        options: vec![
-            (
-                "heads",
-                vec![
-                    ("1/1", |o| o.heads = (1, 1)),
-                    ("4/4", |o| o.heads = (4, 4)),
-                    ("6/2", |o| o.heads = (6, 2)),
-                    ("4/1", |o| o.heads = (4, 1)),
-                ],
-            ),
-            (
-                "dims",
-                vec![
-                    ("16", |o| o.dims = (16, 16)),
-                    ("64", |o| o.dims = (64, 64)),
-                    ("24/16", |o| o.dims = (24, 16)),
-                    ("33/20", |o| o.dims = (33, 20)),
-                ],
-            ),
-            ("scale", vec![("default", |_| {}), ("0.3", |o| o.scale = Some(0.3))]),
-            ("causal", vec![("no", |_| {}), ("yes", |o| o.mask.causal = true)]),
-            (
-                "window_left",
-                vec![("no", |_| {}), ("0", |o| o.mask.window_left = Some(0)), ("3", |o| o.mask.window_left = Some(3))],
-            ),
-            ("window_right", vec![("no", |_| {}), ("2", |o| o.mask.window_right = Some(2))]),
-            ("chunk", vec![("no", |_| {}), ("5", |o| o.mask.chunk = Some(5))]),
-            ("softcap", vec![("no", |_| {}), ("1.5", |o| o.softcap = Some(1.5))]),
-            (
-                "bias",
-                vec![
-                    ("no", |_| {}),
-                    ("per head", |o| o.bias = DenseBias::PerHead),
-                    ("per key", |o| o.bias = DenseBias::PerKey),
-                ],
-            ),
-            (
-                "mask",
-                vec![
-                    ("no", |_| {}),
-                    ("full", |o| o.dense_mask = DenseMask::Full),
-                    ("per key", |o| o.dense_mask = DenseMask::PerKey),
-                ],
-            ),
-            (
-                "alibi",
-                vec![
-                    ("no", |_| {}),
-                    ("distance", |o| o.alibi = Alibi::Distance),
-                    ("positions", |o| o.alibi = Alibi::Positions),
-                ],
-            ),
-            (
-                "relative_bias",
-                vec![
-                    ("no", |_| {}),
-                    ("one way", |o| o.relative_bias = Some(false)),
-                    ("both ways", |o| o.relative_bias = Some(true)),
-                ],
-            ),
-            (
-                "sinks",
-                vec![
-                    ("no", |_| {}),
-                    ("finite", |o| o.sinks = Sinks::Finite),
-                    ("with -inf", |o| o.sinks = Sinks::WithMinusInf),
-                ],
-            ),
-            (
-                "kv",
-                vec![
-                    ("ragged", |_| {}),
-                    ("cache", |o| o.kv = KvLayout::Cache),
-                    ("pages of 5", |o| o.kv = KvLayout::Paged(5)),
-                    ("pages of 16", |o| o.kv = KvLayout::Paged(16)),
-                ],
-            ),
-            (
-                "lengths",
-                vec![
-                    ("prefill", |o| o.lens = vec![(19, 19)]),
-                    ("decode", |o| o.lens = vec![(1, 40), (1, 7), (1, 1)]),
-                    ("append", |o| o.lens = vec![(3, 17), (2, 65)]),
-                    ("with empty ones", |o| o.lens = vec![(4, 9), (0, 3), (5, 0), (0, 0), (20, 21)]),
-                    ("more queries than keys", |o| o.lens = vec![(9, 4), (17, 16)]),
-                ],
-            ),
-            ("left_padding", vec![("no", |_| {}), ("yes", |o| o.left_padding = true)]),
-            ("positions", vec![("default", |_| {}), ("given", |o| o.starts = true)]),
-            (
-                "layout",
-                vec![
-                    ("contiguous", |_| {}),
-                    ("padded", |o| o.layout = Layout::Padded),
-                    ("permuted", |o| o.layout = Layout::Permuted),
-                ],
-            ),
-        ],
-    }
+    Table::new(vec![
+        (
+            "heads",
+            vec![
+                ("1/1", |o| o.heads = (1, 1)),
+                ("4/4", |o| o.heads = (4, 4)),
+                ("6/2", |o| o.heads = (6, 2)),
+                ("4/1", |o| o.heads = (4, 1)),
+            ],
+        ),
+        (
+            "dims",
+            vec![
+                ("16", |o| o.dims = (16, 16)),
+                ("64", |o| o.dims = (64, 64)),
+                ("24/16", |o| o.dims = (24, 16)),
+                ("33/20", |o| o.dims = (33, 20)),
+            ],
+        ),
+        ("scale", vec![("default", |_| {}), ("0.3", |o| o.scale = Some(0.3))]),
+        ("causal", vec![("no", |_| {}), ("yes", |o| o.mask.causal = true)]),
+        (
+            "window_left",
+            vec![("no", |_| {}), ("0", |o| o.mask.window_left = Some(0)), ("3", |o| o.mask.window_left = Some(3))],
+        ),
+        ("window_right", vec![("no", |_| {}), ("2", |o| o.mask.window_right = Some(2))]),
+        ("chunk", vec![("no", |_| {}), ("5", |o| o.mask.chunk = Some(5))]),
+        ("softcap", vec![("no", |_| {}), ("1.5", |o| o.softcap = Some(1.5))]),
+        (
+            "bias",
+            vec![
+                ("no", |_| {}),
+                ("per head", |o| o.bias = DenseBias::PerHead),
+                ("per key", |o| o.bias = DenseBias::PerKey),
+            ],
+        ),
+        (
+            "mask",
+            vec![
+                ("no", |_| {}),
+                ("full", |o| o.dense_mask = DenseMask::Full),
+                ("per key", |o| o.dense_mask = DenseMask::PerKey),
+            ],
+        ),
+        (
+            "alibi",
+            vec![
+                ("no", |_| {}),
+                ("distance", |o| o.alibi = Alibi::Distance),
+                ("positions", |o| o.alibi = Alibi::Positions),
+            ],
+        ),
+        (
+            "relative_bias",
+            vec![
+                ("no", |_| {}),
+                ("one way", |o| o.relative_bias = Some(false)),
+                ("both ways", |o| o.relative_bias = Some(true)),
+            ],
+        ),
+        (
+            "sinks",
+            vec![
+                ("no", |_| {}),
+                ("finite", |o| o.sinks = Sinks::Finite),
+                ("with -inf", |o| o.sinks = Sinks::WithMinusInf),
+            ],
+        ),
+        (
+            "kv",
+            vec![
+                ("ragged", |_| {}),
+                ("cache", |o| o.kv = KvLayout::Cache),
+                ("pages of 5", |o| o.kv = KvLayout::Paged(5)),
+                ("pages of 16", |o| o.kv = KvLayout::Paged(16)),
+            ],
+        ),
+        (
+            "lengths",
+            vec![
+                ("prefill", |o| o.lens = vec![(19, 19)]),
+                ("decode", |o| o.lens = vec![(1, 40), (1, 7), (1, 1)]),
+                ("append", |o| o.lens = vec![(3, 17), (2, 65)]),
+                ("with empty ones", |o| o.lens = vec![(4, 9), (0, 3), (5, 0), (0, 0), (20, 21)]),
+                ("more queries than keys", |o| o.lens = vec![(9, 4), (17, 16)]),
+            ],
+        ),
+        ("left_padding", vec![("no", |_| {}), ("yes", |o| o.left_padding = true)]),
+        ("positions", vec![("default", |_| {}), ("given", |o| o.starts = true)]),
+        (
+            "layout",
+            vec![
+                ("contiguous", |_| {}),
+                ("padded", |o| o.layout = Layout::Padded),
+                ("permuted", |o| o.layout = Layout::Permuted),
+            ],
+        ),
+    ])
 }
 
 /// One sequence and head at a time, over dense matrices: all scores, then a matrix of what is seen by the plain inequalities, then lse by
@@ -181,7 +179,7 @@ fn dense(case: &AttentionCase<f64>) -> AttentionResult<f64, f64> {
 #[test]
 fn every_pair_of_options_against_dense_matrices() {
     let (table, base) = (table(), AttentionOptions::new((1, 1), 16, &[]));
-    let pairs = table.rows("attention", &base, |_| true);
+    let pairs = table.rows("attention", &base, 1, |_| true);
     assert!(pairs.impossible.is_empty(), "all features compose");
     for (seed, row) in pairs.rows.iter().enumerate() {
         let case = AttentionCase::<f64>::new(&table.apply(&base, row), seed as u64);

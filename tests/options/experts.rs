@@ -1,105 +1,13 @@
 //! Experts: the reference against a dense mixture, expert by expert, and every CPU level against the reference.
 
-use super::Table;
 use crate::common::naive::Store;
 use crate::common::sums::{assert_sums, inner_store, naive_experts};
-use crate::common::{ExpertCase, ExpertOptions, GateUp, Layout, assert_close, naive};
+use crate::common::tables::experts::{Call, base, table, valid};
+use crate::common::{ExpertCase, assert_close, naive};
 use gatefold::cpu::{self, Cpu, Float, Level, PackedExperts};
-use gatefold::spec::{Activation, ExpertFfn, Ffn, WeightOn};
+use gatefold::spec::{Activation, WeightOn};
 use gatefold::{Dtype, Element, View, reference};
 use half::{bf16, f16};
-
-#[derive(Clone)]
-pub struct Call {
-    pub spec: ExpertFfn,
-    pub options: ExpertOptions,
-    /// Types of activations and weights.
-    pub types: (Dtype, Dtype),
-    /// The output is f32, not of the type of the activations.
-    pub wide: bool,
-}
-
-pub fn base() -> Call {
-    Call {
-        spec: ExpertFfn::new(6, Ffn::gated(20, 18, Activation::Silu)),
-        options: ExpertOptions { num_tokens: 7, slots: 2, gate_up: GateUp::Separate, layout: Layout::Contiguous },
-        types: (Dtype::F32, Dtype::F32),
-        wide: false,
-    }
-}
-
-pub fn valid(call: &Call) -> bool {
-    // One array for gate and up needs a gate.
-    call.spec.validate().is_ok() && (call.spec.ffn.gated || call.options.gate_up == GateUp::Separate)
-}
-
-pub fn table() -> Table<Call> {
-    Table {
-        options: vec![
-            ("gated", vec![("yes", |_| {}), ("no", |c| c.spec.ffn.gated = false)]),
-            (
-                "activation",
-                vec![
-                    ("silu", |_| {}),
-                    ("gelu_erf", |c| c.spec.ffn.activation = Activation::GeluErf),
-                    ("gelu_tanh", |c| c.spec.ffn.activation = Activation::GeluTanh),
-                    ("relu", |c| c.spec.ffn.activation = Activation::Relu),
-                    ("relu2", |c| c.spec.ffn.activation = Activation::ReluSquared),
-                    ("clamped", |c| c.spec.ffn.activation = Activation::SwigluClamped { alpha: 1.702, limit: 0.8 }),
-                ],
-            ),
-            ("up_bias", vec![("no", |_| {}), ("yes", |c| c.spec.ffn.up_bias = true)]),
-            ("down_bias", vec![("no", |_| {}), ("yes", |c| c.spec.ffn.down_bias = true)]),
-            (
-                "gate_up",
-                vec![
-                    ("separate", |_| {}),
-                    ("halves", |c| c.options.gate_up = GateUp::Halves),
-                    ("interleaved", |c| c.options.gate_up = GateUp::Interleaved),
-                ],
-            ),
-            (
-                "layout",
-                vec![
-                    ("contiguous", |_| {}),
-                    ("padded", |c| c.options.layout = Layout::Padded),
-                    ("permuted", |c| c.options.layout = Layout::Permuted),
-                ],
-            ),
-            ("weight_on", vec![("output", |_| {}), ("input", |c| c.spec.weight_on = WeightOn::Input)]),
-            ("combine_scale", vec![("1", |_| {}), ("0.5", |c| c.spec.combine_scale = 0.5)]),
-            (
-                "slice",
-                vec![
-                    ("all", |_| {}),
-                    ("2..5", |c| (c.spec.first_expert, c.spec.num_local_experts) = (2, 3)),
-                    ("none", |c| (c.spec.first_expert, c.spec.num_local_experts) = (6, 0)),
-                ],
-            ),
-            ("slots", vec![("2", |_| {}), ("1", |c| c.options.slots = 1), ("6", |c| c.options.slots = 6)]),
-            (
-                "tokens",
-                vec![
-                    ("7", |_| {}),
-                    ("0", |c| c.options.num_tokens = 0),
-                    ("1", |c| c.options.num_tokens = 1),
-                    ("40", |c| {
-                        c.options.num_tokens = 40;
-                    }),
-                ],
-            ),
-            (
-                "activations",
-                vec![("f32", |_| {}), ("bf16", |c| c.types.0 = Dtype::BF16), ("f16", |c| c.types.0 = Dtype::F16)],
-            ),
-            (
-                "weights",
-                vec![("f32", |_| {}), ("bf16", |c| c.types.1 = Dtype::BF16), ("f16", |c| c.types.1 = Dtype::F16)],
-            ),
-            ("output", vec![("as activations", |_| {}), ("f32", |c| c.wide = true)]),
-        ],
-    }
-}
 
 /// Expert by expert over all tokens, with other formulas of the same activations.
 fn dense<T: Element, W: Element>(case: &ExpertCase<T, W>) -> Vec<f64> {
@@ -212,7 +120,7 @@ fn at_level<T: Float, W: Float, O: Float>(
 #[test]
 fn every_pair_of_options_against_a_dense_mixture_and_on_every_level() {
     let (table, base) = (table(), base());
-    let pairs = table.rows("experts", &base, valid);
+    let pairs = table.rows("experts", &base, 1, valid);
     for (seed, row) in pairs.rows.iter().enumerate() {
         let (call, what) = (table.apply(&base, row), table.describe(row));
         with_types!(call.types, compare, &call, &what, seed as u64);
