@@ -590,6 +590,47 @@ fn nan_of_a_hidden_key_1745() {
     });
 }
 
+/// flash-attention#1745: a NaN value stays where the queries that see its key by position are those that the mask or the bias hides it from.
+fn check_nan_by_position<T: Element>(driver: &dyn Driver) {
+    for (window, bias) in [(None, false), (Some(40), false), (None, true), (Some(40), true)] {
+        // Causal: key 300 - 1 is seen by the last query alone, with a window key 300 - 4 - 40 + 1 by the first one.
+        let mut options = AttentionOptions::new((4, 2), 64, &[(4, 300), (1, 9)]);
+        options.mask = Mask::causal();
+        options.mask.window_left = window;
+        (options.dense_mask, options.bias) =
+            if bias { (DenseMask::None, DenseBias::PerHead) } else { (DenseMask::Full, DenseBias::None) };
+        let mut case = AttentionCase::<T>::new(&options, 4);
+        let mut hidden = vec![(3, 299)];
+        hidden.extend(window.map(|left| (0, 296 - left)));
+        for (i, j) in hidden.iter().copied() {
+            for h in 0..4 {
+                case.mask.iter_mut().for_each(|mask| mask.set([0, h, i, j], 0));
+                case.bias.iter_mut().for_each(|bias| bias.set([0, h, i, j], f32::NEG_INFINITY));
+            }
+        }
+        check(driver, &case);
+        let attend = |case: &AttentionCase<T>| -> AttentionResult<T, f32> {
+            case.run(|spec, input, output| staged::attention(driver, spec, input, output))
+        };
+        let clean = attend(&case);
+        for (_, j) in hidden {
+            let [block, row] = case.place(0, j);
+            for g in 0..2 {
+                (0..64).for_each(|d| case.v.set([block, row, g, d], T::from_f32(f32::NAN)));
+            }
+        }
+        assert!(bits(&attend(&case), 0..5, 4) == bits(&clean, 0..5, 4), "{} {window:?} {bias}", T::DTYPE);
+    }
+}
+
+#[test]
+fn nan_hidden_by_position_and_mask_1745() {
+    on_devices(true, |driver| {
+        check_nan_by_position::<bf16>(driver);
+        check_nan_by_position::<f32>(driver);
+    });
+}
+
 /// Lengths, prefix sums and pages that are wrong lead nowhere: the kernels stay inside of the arrays, and other sequences are right.
 #[test]
 fn wrong_lengths_are_cut_off() {
