@@ -172,6 +172,35 @@ fn mixtures() {
     }
 }
 
+/// Routers whose tokens are coupled take several steps, and losses three more.
+#[test]
+fn routers() {
+    let mut score = Capacity::new(CapacityLimit::Factor(1.0));
+    score.order = CapacityOrder::Score;
+    let position = Capacity::new(CapacityLimit::Factor(1.0));
+    for num_tokens in [1, 40, 5000] {
+        for (selection, capacity, second_expert) in [
+            (Selection::TopK, None, SecondExpert::Always),
+            (Selection::TopK, Some(position), SecondExpert::Always),
+            (Selection::TopK, Some(score), SecondExpert::Random),
+            (Selection::ExpertChoice, Some(position), SecondExpert::Always),
+            (Selection::Sinkhorn { iterations: 3 }, Some(score), SecondExpert::Always),
+            (Selection::SparseMixer { jitter_eps: 0.1 }, None, SecondExpert::Always),
+            (Selection::Prototypes, None, SecondExpert::Always),
+        ] {
+            let mut router = Router::new(64, 2);
+            (router.selection, router.capacity, router.second_expert) = (selection, capacity, second_expert);
+            router.aux_loss = Some(AuxLoss::Switch { group_len: Some(100) });
+            let mut problem = Route::new(&router, num_tokens);
+            (problem.aux_loss, problem.z_loss) = (true, true);
+            let mut args = RouteArgs::new(at(1), at(2), at(3));
+            (args.tokens_per_expert, args.dropped) = (Some(at(4)), Some(at(5)));
+            (args.aux_loss, args.z_loss, args.workspace) = (Some(at(6)), Some(at(7)), at(8));
+            check!(RoutePlan::new(&problem).unwrap(), args);
+        }
+    }
+}
+
 /// Every plan of the backend is launched here.
 #[test]
 fn no_plan_is_missing() {

@@ -88,7 +88,7 @@ pub struct MoeInput<'a, T> {
     pub token_mask: Option<DeviceView<'a, u8, 1>>,
     /// Experts and weights from outside: the router is not asked.
     pub routing: Option<Routing<'a>>,
-    /// Key of the random numbers.
+    /// Key of the random numbers. A recording (a CUDA graph) keeps it.
     pub seed: u64,
 }
 
@@ -214,7 +214,7 @@ pub struct MoeArgs {
     pub hidden: u64,
     /// `[num_tokens]` u8, read.
     pub token_mask: Option<u64>,
-    /// Key of the random numbers.
+    /// Key of the random numbers. A recording (a CUDA graph) keeps it.
     pub seed: u64,
     /// Read, if the routing is computed.
     pub router: u64,

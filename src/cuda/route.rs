@@ -33,7 +33,7 @@ pub struct RouteInput<'a> {
     pub token_mask: Option<DeviceView<'a, u8, 1>>,
     /// `[num_tokens]`: 0 leaves the token out of the losses, but not out of routing.
     pub loss_mask: Option<DeviceView<'a, u8, 1>>,
-    /// Key of the random numbers.
+    /// Key of the random numbers. A recording (a CUDA graph) keeps it.
     pub seed: u64,
 }
 

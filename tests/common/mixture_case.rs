@@ -140,6 +140,16 @@ impl<T: Element, W: Element, Q: Element> MoeCase<T, W, Q> {
         MoeResult { out: out.finish("out"), route }
     }
 
+    /// The same call with other hidden states of as many tokens.
+    pub fn with_hidden(&self, values: &[T]) -> Self {
+        let mut case = self.clone();
+        case.experts.hidden = Array::new(self.experts.hidden.shape(), self.experts.options.layout, values);
+        if let Some(shared) = &mut case.shared {
+            shared.hidden = case.experts.hidden.clone();
+        }
+        case
+    }
+
     /// The same call of some of the tokens.
     pub fn part(&self, tokens: std::ops::Range<usize>) -> Self {
         fn rows<E: bytemuck::Pod>(array: &Array<E, 2>, tokens: &std::ops::Range<usize>, layout: Layout) -> Array<E, 2> {

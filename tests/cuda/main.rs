@@ -20,7 +20,9 @@ mod gemm;
 mod glue;
 mod group;
 mod linear_attention;
+mod mixture_bits;
 mod moe;
+mod recorded;
 mod route;
 
 use common::simulator::Simulator;

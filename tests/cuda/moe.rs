@@ -6,10 +6,9 @@ use crate::common::simulator::Simulator;
 use crate::common::sums::{assert_sums, bits, naive_experts};
 use crate::common::tables::{Table, mixture};
 use crate::common::{Array, ExpertCase, ExpertOptions, GateUp, Layout, MoeCase, MoeResult, Output, strategies};
-use crate::{on_devices, on_recorders, staged};
+use crate::{on_devices, staged};
 use gatefold::args::Routing;
-use gatefold::cuda::driver::{Buffer, Driver, Recorder};
-use gatefold::cuda::{FfnArgs, FfnStrides, MoeArgs, MoePlan, MoeProblem};
+use gatefold::cuda::driver::Driver;
 use gatefold::spec::{Activation, ExpertFfn, Ffn, Moe, Renormalize, Router, Score, SharedExpert, WeightOn};
 use gatefold::{Dtype, Element, ViewMut, reference};
 use half::{bf16, f16};
@@ -91,7 +90,7 @@ proptest! {
     }
 }
 
-fn options(num_tokens: usize, slots: usize) -> ExpertOptions {
+pub fn options(num_tokens: usize, slots: usize) -> ExpertOptions {
     ExpertOptions { num_tokens, slots, gate_up: GateUp::Halves, layout: Layout::Aligned }
 }
 
@@ -202,7 +201,7 @@ fn mlp_is_the_only_expert() {
 
 // --- mixtures -----------------------------------------------------------------------------------------------------------
 
-fn mixture_of<T: Element, Q: Element>(
+pub fn mixture_of<T: Element, Q: Element>(
     driver: &dyn Driver,
     case: &MoeCase<T, T, Q>,
     given: Option<Routing<'_, f32>>,
@@ -213,7 +212,7 @@ fn mixture_of<T: Element, Q: Element>(
 }
 
 /// The routing is computed inside, or (`given`) that of the case is used. `exact`: the device's instructions do not err at random.
-fn check_mixture<T: Element, Q: Element>(driver: &dyn Driver, case: &MoeCase<T, T, Q>, given: bool, exact: bool) {
+pub fn check_mixture<T: Element, Q: Element>(driver: &dyn Driver, case: &MoeCase<T, T, Q>, given: bool, exact: bool) {
     let backend = mixtures::Backend::<T, T, Q, T> {
         who: "cuda".into(),
         inner: Store::Storage,
@@ -318,11 +317,11 @@ fn every_pair_of_options_of_a_mixture() {
 }
 
 /// 8 experts of a block of 40 x 24.
-fn small(top_k: usize) -> Moe {
+pub fn small(top_k: usize) -> Moe {
     Moe::new(Router::new(8, top_k), ExpertFfn::new(8, Ffn::gated(40, 24, Activation::Silu)))
 }
 
-fn with_shared(mut spec: Moe) -> Moe {
+pub fn with_shared(mut spec: Moe) -> Moe {
     let mut shared = SharedExpert::new(Ffn::gated(40, 32, Activation::Silu));
     shared.sigmoid_gate = true;
     spec.shared = Some(shared);
@@ -377,67 +376,5 @@ fn masks_and_nan() {
                 }
             }
         });
-    }
-}
-
-/// A recorded call (a CUDA graph) serves tokens that go to other experts: nothing about the routing is on the host.
-#[test]
-fn recorded_calls_take_any_routing() {
-    on_recorders(|device| {
-        check_recording::<bf16>(device, 1);
-        check_recording::<bf16>(device, 8);
-        check_recording::<f32>(device, 70);
-    });
-}
-
-fn check_recording<T: Element>(device: &dyn Recorder, num_tokens: usize) {
-    let driver: &dyn Driver = device;
-    let spec = with_shared(small(2));
-    let options = ExpertOptions { layout: Layout::Contiguous, ..options(num_tokens, 2) };
-    let [first, mut second] = [11, 12].map(|seed| MoeCase::<T, T, T>::new(&spec, options, seed));
-    // All tokens of the second call choose the same two experts.
-    let row: Vec<T> = second.experts.hidden.values()[..40].to_vec();
-    second = MoeCase {
-        experts: ExpertCase {
-            hidden: Array::new([num_tokens, 40], Layout::Contiguous, &row.repeat(num_tokens)),
-            ..first.experts.clone()
-        },
-        ..first.clone()
-    };
-    let want = [&first, &second].map(|case| mixture_of(driver, case, None, true));
-    let ids = |i: usize| want[i].route.as_ref().unwrap().ids.clone();
-    assert!(ids(0) != ids(1), "the calls route alike");
-
-    let copy = |view: &[T]| Buffer::from_slice(driver, view).unwrap();
-    let (gate_up, down) = (copy(&first.experts.gate_up[0].values()), copy(&first.experts.down.values()));
-    let shared = first.shared.as_ref().unwrap();
-    let (shared_gate_up, shared_down) = (copy(&shared.gate_up[0].values()), copy(&shared.down.values()));
-    let gate = copy(&first.shared_gate.as_ref().unwrap().values());
-    let router = copy(&first.router.values());
-    let hidden = copy(&first.experts.hidden.values());
-    let out = copy(&vec![T::default(); num_tokens * 40]);
-    let up_of = |both: &Buffer<'_>, inter: usize| both.ptr() + (inter * 40 * size_of::<T>()) as u64;
-
-    let mut problem = MoeProblem::new(&spec, T::DTYPE, num_tokens);
-    problem.experts = FfnStrides::halves(&spec.experts.ffn);
-    problem.shared = FfnStrides::halves(&spec.shared.unwrap().ffn);
-    let plan = MoePlan::new(&problem, &driver.limits()).unwrap();
-    let workspace = Buffer::new(driver, plan.workspace_bytes()).unwrap();
-    let experts = FfnArgs::new(gate_up.ptr(), up_of(&gate_up, 24), down.ptr());
-    let mut args = MoeArgs::new(hidden.ptr(), router.ptr(), experts, out.ptr(), workspace.ptr());
-    args.shared = Some(FfnArgs::new(shared_gate_up.ptr(), up_of(&shared_gate_up, 32), shared_down.ptr()));
-    args.shared_gate = Some(gate.ptr());
-    plan.warmup(driver).unwrap();
-    let stream = device.create_stream().unwrap();
-    // SAFETY: the buffers hold the arrays of the plan and outlive the recording; the stream is this test's own.
-    unsafe {
-        let recording = device.record(stream, &mut || plan.launch(driver, &args, stream)).unwrap();
-        for (case, want) in [&first, &second, &first].into_iter().zip([&want[0], &want[1], &want[0]]) {
-            driver.copy_to_device(hidden.ptr(), bytemuck::cast_slice(&case.experts.hidden.values())).unwrap();
-            device.replay(recording, stream).unwrap();
-            assert!(bits(&out.to_vec::<T>(stream).unwrap()) == bits(&want.out), "{num_tokens} tokens");
-        }
-        device.forget(recording).unwrap();
-        device.destroy_stream(stream).unwrap();
     }
 }

@@ -95,7 +95,7 @@ pub struct RouteArgs {
     pub token_mask: Option<u64>,
     /// `[num_tokens]` u8, read.
     pub loss_mask: Option<u64>,
-    /// Key of the random numbers.
+    /// Key of the random numbers. A recording (a CUDA graph) keeps it.
     pub seed: u64,
     /// Written.
     pub topk_ids: u64,
