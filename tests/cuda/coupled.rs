@@ -2,11 +2,12 @@
 
 use crate::common::data::Rng;
 use crate::common::routing::{awkward_logits, check_route, option_table, takes_bias};
+use crate::common::simulator::Simulator;
 use crate::common::{RouteCase, RouteResult, seed, strategies};
 use crate::{on_devices, on_gpu, staged};
 use gatefold::cuda::driver::Driver;
 use gatefold::spec::{
-    Capacity, CapacityLimit, CapacityOrder, Renormalize, Router, Score, SecondExpert, SelectOn, Selection,
+    AuxLoss, Capacity, CapacityLimit, CapacityOrder, Renormalize, Router, Score, SecondExpert, SelectOn, Selection,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{TestError, TestRunner};
@@ -225,6 +226,29 @@ fn coupled_bits() {
             }
         }
     });
+}
+
+/// Thousands of tokens in the simulator: many rounds of a queue, many tiles and segments of a sort, long sums of the losses.
+#[test]
+fn coupled_in_the_thousands() {
+    let tokens = 4096;
+    let simulator = Simulator::new(false);
+    let mut score = with_capacity(128, 2, CapacityLimit::Factor(1.25));
+    let mut capacity = score.capacity.unwrap();
+    (capacity.order, capacity.group_len) = (CapacityOrder::Score, Some(1500));
+    score.capacity = Some(capacity);
+    score.aux_loss = Some(AuxLoss::TopK);
+    let mut position = with_capacity(128, 8, CapacityLimit::Factor(1.0));
+    position.aux_loss = Some(AuxLoss::Switch { group_len: Some(1000) });
+    let mut sinkhorn = Router::new(128, 2);
+    sinkhorn.selection = Selection::Sinkhorn { iterations: 2 };
+    sinkhorn.aux_loss = Some(AuxLoss::Switch { group_len: None });
+    for router in [score, position, sinkhorn] {
+        assert_route(&simulator, &RouteCase::new(&router, tokens, 1).with_masks());
+    }
+    let mut choice = with_capacity(128, 2, CapacityLimit::Factor(1.0));
+    choice.selection = Selection::ExpertChoice;
+    assert_route(&simulator, &RouteCase::new(&choice, tokens / 2, 1).with_masks());
 }
 
 /// Sizes of training.

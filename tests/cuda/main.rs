@@ -16,6 +16,7 @@ mod attention;
 mod combine;
 mod coupled;
 mod decode;
+mod field;
 mod gemm;
 mod glue;
 mod group;

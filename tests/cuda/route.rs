@@ -9,7 +9,8 @@ use gatefold::Element;
 use gatefold::cuda::driver::{Buffer, Driver};
 use gatefold::cuda::{Route, RouteArgs, RoutePlan, RouterLogits, RouterLogitsArgs, RouterLogitsPlan, Stream};
 use gatefold::spec::{
-    AuxLoss, ExpertGroups, GroupScore, Renormalize, Router, Score, SecondExpert, SelectOn, Selection,
+    AuxLoss, Capacity, CapacityLimit, CapacityOrder, ExpertGroups, GroupScore, Renormalize, Router, Score,
+    SecondExpert, SelectOn, Selection,
 };
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -335,47 +336,123 @@ fn router_logits_bits() {
 
 // --- far rows and counters ----------------------------------------------------------------------------------------------
 
-/// Rows more than 2^31 elements apart: offsets that do not fit 32 bits (vllm-project/vllm#34279). Needs 26 GB on the device.
-fn check_far_rows(driver: &dyn Driver) {
-    let (stride, experts) = ((1_usize << 31) + 64, 40);
-    let far = |width: usize| Buffer::new(driver, (stride + width) * 4).unwrap();
-    let (logits, ids, weights) = (far(experts), far(2), far(2));
-    let near: Vec<f32> = Rng::new(5).normals(2 * experts, 2.0);
-    for (row, address) in near.chunks_exact(experts).zip([logits.ptr(), logits.ptr() + 4 * stride as u64]) {
-        // SAFETY: both addresses have room for a row, and nothing runs.
-        unsafe { driver.copy_to_device(address, bytemuck::cast_slice(row)).unwrap() };
-    }
-    let router = Router::new(experts, 2);
-    let mut problem = Route::new(&router, 2);
-    (problem.logits_stride, problem.topk_ids_stride, problem.topk_weights_stride) = (stride, stride, stride);
-    let plan = RoutePlan::new(&problem).unwrap();
-    // SAFETY: the buffers hold two rows `stride` apart and outlive the reads below, which wait.
-    unsafe {
-        plan.warmup(driver).unwrap();
-        let args = RouteArgs::new(logits.ptr(), ids.ptr(), weights.ptr());
-        plan.launch(driver, &args, Stream::LEGACY).unwrap();
-    }
-    driver.synchronize(Stream::LEGACY).unwrap();
-    let want = run(driver, &RouteCase::with_logits(&router, 2, &near, 1));
-    for (t, (ids, weights)) in
-        [(ids.ptr(), weights.ptr()), (ids.ptr() + 4 * stride as u64, weights.ptr() + 4 * stride as u64)]
-            .into_iter()
-            .enumerate()
-    {
-        let (mut found_ids, mut found_weights) = ([0i32; 2], [0f32; 2]);
-        // SAFETY: both addresses hold a row, and nothing runs.
-        unsafe {
-            driver.copy_to_host(bytemuck::cast_slice_mut(&mut found_ids), ids).unwrap();
-            driver.copy_to_host(bytemuck::cast_slice_mut(&mut found_weights), weights).unwrap();
-        }
-        assert_eq!(found_ids, want.ids[2 * t..2 * t + 2]);
-        assert_eq!(bits(&found_weights), bits(&want.weights[2 * t..2 * t + 2]));
+/// Rows more than 2^31 elements apart: offsets that do not fit 32 bits (vllm-project/vllm#34279). Every router, and the losses.
+#[test]
+fn far_rows() {
+    let mut routers = vec![Router::new(6, 2); 7];
+    routers[1].selection = Selection::Prototypes;
+    routers[2].selection = Selection::SparseMixer { jitter_eps: 0.1 };
+    routers[3].selection = Selection::Sinkhorn { iterations: 2 };
+    routers[4].second_expert = SecondExpert::Random;
+    let mut capacity = Capacity::new(CapacityLimit::Factor(1.0));
+    capacity.order = CapacityOrder::Score;
+    routers[5].capacity = Some(capacity);
+    routers[6].capacity = Some(Capacity::new(CapacityLimit::Factor(1.0)));
+    routers[6].selection = Selection::ExpertChoice;
+    for mut router in routers {
+        router.aux_loss = Some(AuxLoss::TopK);
+        check_far_rows(&Simulator::new(false), &router);
     }
 }
 
+fn check_far_rows(driver: &dyn Driver, router: &Router) {
+    let (n, apart, experts, slots) = (3, (1_usize << 31) + 64, router.num_experts, router.slots());
+    let far = |rows: usize, width: usize| Buffer::new(driver, ((rows - 1) * apart + width) * 4).unwrap();
+    let row_at = |buffer: &Buffer<'_>, row: usize| buffer.ptr() + (4 * row * apart) as u64;
+    let case = RouteCase::new(router, n, 5);
+    let (logits, ids, weights) = (far(n, experts), far(n, slots), far(n, slots));
+    for (t, row) in case.logits.values().chunks_exact(experts).enumerate() {
+        // SAFETY: the address has room for a row, and nothing runs.
+        unsafe { driver.copy_to_device(row_at(&logits, t), bytemuck::cast_slice(row)).unwrap() };
+    }
+    let choice = router.selection == Selection::ExpertChoice;
+    let per_expert = router.expert_choice_tokens(n);
+    let expert_tokens = choice.then(|| far(experts, per_expert));
+    let (aux, z) = (Buffer::new(driver, 4).unwrap(), Buffer::new(driver, 4).unwrap());
+    let mut problem = Route::new(router, n);
+    (problem.logits_stride, problem.topk_ids_stride, problem.topk_weights_stride) = (apart, apart, apart);
+    (problem.aux_loss, problem.z_loss) = (true, true);
+    problem.expert_tokens_stride = choice.then_some(apart);
+    let plan = RoutePlan::new(&problem).unwrap();
+    let workspace = Buffer::new(driver, plan.workspace_bytes()).unwrap();
+    let mut args = RouteArgs::new(logits.ptr(), ids.ptr(), weights.ptr());
+    (args.aux_loss, args.z_loss, args.seed) = (Some(aux.ptr()), Some(z.ptr()), case.seed);
+    (args.expert_tokens, args.workspace) = (expert_tokens.as_ref().map(Buffer::ptr), workspace.ptr());
+    // SAFETY: the buffers hold the plan's rows and outlive the reads below, which wait.
+    unsafe {
+        plan.warmup(driver).unwrap();
+        plan.launch(driver, &args, Stream::LEGACY).unwrap();
+    }
+    driver.synchronize(Stream::LEGACY).unwrap();
+    fn row<T: bytemuck::Pod>(driver: &dyn Driver, at: u64, width: usize) -> Vec<T> {
+        let mut row = vec![T::zeroed(); width];
+        // SAFETY: the address holds a row, and nothing runs.
+        unsafe { driver.copy_to_host(bytemuck::cast_slice_mut(&mut row), at).unwrap() };
+        row
+    }
+    let want = run(driver, &case);
+    for t in 0..n {
+        let of = t * slots..(t + 1) * slots;
+        assert_eq!(row::<i32>(driver, row_at(&ids, t), slots), want.ids[of.clone()], "{router:?}");
+        assert_eq!(bits(&row(driver, row_at(&weights, t), slots)), bits(&want.weights[of]), "{router:?}");
+    }
+    for (e, tokens) in want.expert_tokens.chunks_exact(per_expert.max(1)).enumerate() {
+        let found: Vec<i32> = row(driver, row_at(expert_tokens.as_ref().unwrap(), e), per_expert);
+        assert_eq!(found, tokens, "{router:?}");
+    }
+    let losses = [aux, z].map(|loss| loss.to_vec::<f32>(Stream::LEGACY).unwrap()[0]);
+    assert_eq!(bits(&losses), bits(&[want.aux_loss, want.z_loss]), "{router:?}");
+}
+
+/// The same for the logits: every tile.
 #[test]
-fn far_rows() {
-    check_far_rows(&Simulator::new(false));
+fn far_rows_of_logits() {
+    fn check<T: Element>(tiles: usize) {
+        let simulator = Simulator::new(false);
+        let driver: &dyn Driver = &simulator;
+        let (apart, n, experts, hidden) = ((1_usize << 31) + 64, 70, 70, 40);
+        let case = LogitsCase::<T, T>::new(n, hidden, experts, None, Layout::Contiguous, 4);
+        let place = |rows: usize, width: usize, size: usize, values: &[T]| {
+            let buffer = Buffer::new(driver, ((rows - 1) * apart + width) * size).unwrap();
+            for (i, row) in values.chunks_exact(width).enumerate() {
+                let at = buffer.ptr() + (i * apart * size) as u64;
+                // SAFETY: the address has room for a row, and nothing runs.
+                unsafe { driver.copy_to_device(at, bytemuck::cast_slice(row)).unwrap() };
+            }
+            buffer
+        };
+        let x = place(n, hidden, size_of::<T>(), &case.hidden.values());
+        let w = place(experts, hidden, size_of::<T>(), &case.weight.values());
+        let out = place(n, experts, 4, &[]);
+        let bias = case.bias.as_ref().map(|bias| Buffer::from_slice(driver, bias).unwrap());
+        let mut problem = RouterLogits::new(T::DTYPE, n, experts, hidden);
+        (problem.hidden_stride, problem.weight_stride, problem.logits_stride) = (apart, apart, apart);
+        let mut args = RouterLogitsArgs::new(x.ptr(), w.ptr(), out.ptr());
+        args.bias = bias.as_ref().map(Buffer::ptr);
+        let want = run_logits(driver, &case);
+        let mut names = std::collections::BTreeSet::new();
+        for num_sms in [1, 10, 1000] {
+            let limits = gatefold::cuda::driver::Limits::new(80, num_sms, 99 << 10);
+            let plan = RouterLogitsPlan::new(&problem, &limits).unwrap();
+            names.insert(plan.kernel());
+            // SAFETY: the buffers hold the plan's rows and outlive the reads below, which wait.
+            unsafe {
+                plan.warmup(driver).unwrap();
+                plan.launch(driver, &args, Stream::LEGACY).unwrap();
+            }
+            driver.synchronize(Stream::LEGACY).unwrap();
+            for (t, want) in want.chunks_exact(experts).enumerate() {
+                let mut row = vec![0f32; experts];
+                let at = out.ptr() + (4 * t * apart) as u64;
+                // SAFETY: the address holds a row, and nothing runs.
+                unsafe { driver.copy_to_host(bytemuck::cast_slice_mut(&mut row), at).unwrap() };
+                assert_eq!(bits(&row), bits(want), "{}, token {t}", plan.kernel());
+            }
+        }
+        assert_eq!(names.len(), tiles, "{names:?}");
+    }
+    check::<bf16>(3);
+    check::<f32>(2);
 }
 
 /// Many models' case, 64 tokens, 128 experts, top 8 renormalised: whole sectors, and instructions that do not grow unseen.
