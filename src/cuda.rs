@@ -55,7 +55,7 @@ pub use ffn::{ExpertWeights, FfnArgs, FfnStrides, FfnWeights, MlpArgs, MlpPlan, 
 pub use group_tokens::{
     GroupTokens, GroupTokensArgs, GroupTokensOutput, GroupTokensPlan, GroupWeightsArgs, group_tokens,
 };
-pub use grouped_gemm::{GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
+pub use grouped_gemm::{F32Products, GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
 #[cfg(feature = "cuda")]
 pub use lent::{Lent, LentMut};
 pub use linear::{linear, linear_heads};

@@ -10,6 +10,7 @@ use gatefold::args::{
     RouteInput, RouteOutput, Routing, WkvInput, WkvOutput,
 };
 use gatefold::cpu::Float;
+use gatefold::cuda::Queue;
 use gatefold::cuda::driver::Driver;
 use gatefold::spec::{Attention, ExpertFfn, Ffn, Mla, Moe, Norm, QkvPrep, Rope, Router};
 use gatefold::{Error, Result, View, ViewMut};
@@ -90,7 +91,7 @@ impl<'d, T: Float> Backend for DeviceBackend<'d, T> {
         bias: Option<&[f32]>,
         out: ViewMut<'_, T, 2>,
     ) -> Result<()> {
-        staged::linear_with(self.driver, x, weight, bias, out)
+        staged::linear_with(&mut Queue::new(self.driver), x, weight, bias, out)
     }
     fn prepare_qkv(&mut self, spec: &QkvPrep, input: &QkvInput<'_, T, f32>, output: QkvOutput<'_, T>) -> Result<()> {
         staged::prepare_qkv(self.driver, spec, input, output)
@@ -141,7 +142,7 @@ impl<'d, T: Float> Backend for DeviceBackend<'d, T> {
         staged::add(self.driver, x, y, multiplier, out)
     }
     fn mlp(&mut self, spec: &Ffn, x: View<'_, T, 2>, weights: &StagedFfn<'d, T>, out: ViewMut<'_, T, 2>) -> Result<()> {
-        staged::mlp_with(self.driver, spec, x, weights, out)
+        staged::mlp_with(&mut Queue::new(self.driver), spec, x, weights, out)
     }
     fn router_logits(
         &mut self,
@@ -163,7 +164,7 @@ impl<'d, T: Float> Backend for DeviceBackend<'d, T> {
         weights: &StagedMoe<'d, T, T>,
         out: ViewMut<'_, T, 2>,
     ) -> Result<()> {
-        staged::expert_ffn_with(self.driver, spec, hidden, routing, &weights.experts, out)
+        staged::expert_ffn_with(&mut Queue::new(self.driver), spec, hidden, routing, &weights.experts, out)
     }
     fn moe(
         &mut self,
@@ -172,7 +173,7 @@ impl<'d, T: Float> Backend for DeviceBackend<'d, T> {
         weights: &StagedMoe<'d, T, T>,
         output: MoeOutput<'_, T, f32>,
     ) -> Result<()> {
-        staged::moe_with(self.driver, spec, input, weights, output)
+        staged::moe_with(&mut Queue::new(self.driver), spec, input, weights, output)
     }
     fn wkv(&mut self, input: &WkvInput<'_, T, f32>, output: WkvOutput<'_, T, f32>) -> Result<()> {
         staged::wkv(self.driver, input, output)

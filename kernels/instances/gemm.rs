@@ -47,13 +47,21 @@ pub fn add(table: &mut Vec<Instance>) {
             }
         }
     }
+    // The tiles of 16-bit products, half as many k in one.
+    for tile in TILES {
+        add_instance(table, tile, "tf32", "f32", "");
+        add_instance(table, tile, "tf32", "f32", "_gated");
+    }
 }
 
-fn add_instance(table: &mut Vec<Instance>, tile: Tile, dtype: &'static str, out: &'static str, suffix: &str) {
+/// `products`: the type of the values that are multiplied, which is that of the arrays but for tf32.
+fn add_instance(table: &mut Vec<Instance>, tile: Tile, products: &'static str, out: &'static str, suffix: &str) {
     use Value::{Dtype, Flag, Int};
+    let tf32 = products == "tf32";
+    let dtype = if tf32 { "f32" } else { products };
     // Sums that leave the tensor core need registers on their way.
     let ctas = if out != dtype && tile.rows == 128 { 1 } else { tile.ctas };
-    let types = if out == dtype { dtype.to_string() } else { format!("{dtype}_{out}") };
+    let types = if out == dtype { products.to_string() } else { format!("{dtype}_{out}") };
     let gated = suffix == "_gated";
     table.push(Instance {
         template: "grouped_gemm",
@@ -63,6 +71,7 @@ fn add_instance(table: &mut Vec<Instance>, tile: Tile, dtype: &'static str, out:
         values: vec![
             ("DTYPE", Dtype(dtype)),
             ("OUT", Dtype(out)),
+            ("TF32", Flag(tf32)),
             ("GATED", Flag(gated)),
             ("TRANSPOSED", Flag(suffix == "_transposed")),
             ("TILE_M", Int(tile.rows)),

@@ -5,7 +5,7 @@ use crate::cuda::combine::{Combine, CombineArgs, CombinePlan};
 use crate::cuda::driver::{Driver, Limits, Stream};
 use crate::cuda::ffn::{Block, BlockPlan, BlockRows, ExpertWeights, FfnArgs, FfnStrides};
 use crate::cuda::group_tokens::{GroupTokens, GroupTokensArgs, GroupTokensPlan};
-use crate::cuda::grouped_gemm::GemmRows;
+use crate::cuda::grouped_gemm::{F32Products, GemmRows};
 use crate::cuda::memory::{DeviceView, DeviceViewMut, Parts, Queue};
 use crate::element::{Dtype, Element};
 use crate::error::{Error, Result};
@@ -44,6 +44,8 @@ pub struct ExpertFfnProblem {
     pub spec: ExpertFfn,
     /// Element type of activations, weights and `out`: bf16, f16 or f32.
     pub dtype: Dtype,
+    /// How f32 is multiplied; of no meaning for other types.
+    pub f32_products: F32Products,
     /// Rows; 0 is legal.
     pub num_tokens: usize,
     /// Experts per token; 0 is legal.
@@ -69,6 +71,7 @@ impl ExpertFfnProblem {
         ExpertFfnProblem {
             spec: *spec,
             dtype,
+            f32_products: F32Products::Full,
             num_tokens,
             slots,
             distinct_ids: false,
@@ -164,6 +167,7 @@ impl ExpertFfnPlan {
             strides: &problem.weights,
             dtype,
             out_dtype: dtype,
+            f32_products: problem.f32_products,
             num_blocks: spec.num_local_experts,
             num_tokens,
             hidden_stride: problem.hidden_stride,
@@ -307,7 +311,8 @@ impl ExpertFfnPlan {
 ///
 /// Sums are f32 in a fixed order, experts in ascending order. What an expert makes between its projections, and its result, are
 /// rounded to the type of `hidden`; a weight on the input multiplies the f32 sums of gate and up. The same bits for a token whatever
-/// else is in the call. Ids of other ranks, and -1, are skipped; a token without experts gets 0. No token is a legal call.
+/// else is in the call. f32 is multiplied as [`Queue::f32_products`] tells. Ids of other ranks, and -1, are skipped; a token without
+/// experts gets 0. No token is a legal call.
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Stride`], [`Error::Len`], [`Error::Presence`] for an argument that does not fit; those of
@@ -329,6 +334,7 @@ pub fn expert_ffn<T: Element>(
     queue.check_homes(&[hidden.home(), routing.topk_ids.home(), routing.topk_weights.home(), out.home()])?;
     queue.check_homes(&weights.homes())?;
     let problem = ExpertFfnProblem {
+        f32_products: queue.f32_products(),
         hidden_stride: hidden.strides()[0],
         topk_ids_stride: routing.topk_ids.strides()[0],
         topk_weights_stride: routing.topk_weights.strides()[0],

@@ -2,7 +2,7 @@
 //! of all tokens; the experts of a mixture are the same with one block per expert.
 
 use crate::cuda::driver::{Driver, Limits, Stream};
-use crate::cuda::grouped_gemm::{GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
+use crate::cuda::grouped_gemm::{F32Products, GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
 use crate::cuda::memory::{DeviceView, DeviceViewMut, Home, Parts, Queue};
 use crate::element::{Dtype, Element};
 use crate::error::{Error, Result};
@@ -274,6 +274,7 @@ pub(super) struct Block<'a> {
     pub dtype: Dtype,
     /// Of the rows that come out.
     pub out_dtype: Dtype,
+    pub f32_products: F32Products,
     pub num_blocks: usize,
     pub num_tokens: usize,
     pub hidden_stride: usize,
@@ -317,6 +318,7 @@ impl BlockPlan {
         let products = |inputs, outputs| GroupedGemm {
             rows: block.rows,
             num_groups: num_blocks,
+            f32_products: block.f32_products,
             ..GroupedGemm::linear(dtype, num_rows, outputs, inputs)
         };
         let inner = GroupedGemm {
@@ -446,6 +448,8 @@ pub struct MlpProblem {
     pub dtype: Dtype,
     /// Element type of `out`: `dtype` or f32.
     pub out_dtype: Dtype,
+    /// How f32 is multiplied; of no meaning for other types.
+    pub f32_products: F32Products,
     /// Rows; 0 is legal.
     pub num_tokens: usize,
     /// Elements from one row of `x` to the next.
@@ -463,6 +467,7 @@ impl MlpProblem {
             ffn: *ffn,
             dtype,
             out_dtype: dtype,
+            f32_products: F32Products::Full,
             num_tokens,
             x_stride: ffn.hidden_size,
             weights: FfnStrides::separate(ffn),
@@ -511,6 +516,7 @@ impl MlpPlan {
             strides: &problem.weights,
             dtype: problem.dtype,
             out_dtype: problem.out_dtype,
+            f32_products: problem.f32_products,
             num_blocks: 1,
             num_tokens: problem.num_tokens,
             hidden_stride: problem.x_stride,
@@ -567,7 +573,8 @@ impl MlpPlan {
 /// * `out`: `[num_tokens, hidden_size]`, of the type of `x` or f32
 ///
 /// Sums are f32 in a fixed order; the values between the projections are rounded to the type of `x`, the results once at the
-/// store. The same bits for a token whatever else is in the call. No token is a legal call.
+/// store. The same bits for a token whatever else is in the call. f32 is multiplied as [`Queue::f32_products`] tells. No token is a
+/// legal call.
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Stride`], [`Error::Len`], [`Error::Presence`] for an argument that does not fit; those of [`MlpPlan`].
@@ -589,6 +596,7 @@ pub fn mlp<T: Element, O: Element>(
     queue.check_homes(&weights.homes())?;
     let problem = MlpProblem {
         out_dtype: O::DTYPE,
+        f32_products: queue.f32_products(),
         x_stride: x.strides()[0],
         weights: weights.strides()?,
         out_stride: out.strides()[0],

@@ -22,8 +22,8 @@ use crate::view::check_disjoint;
 /// * biases: f32 `[num_groups, outputs]`; `row_weight`: f32, one per row
 /// * `out`: `[rows, outputs]`
 ///
-/// Sums are f32 in the order of `k` (in tensor cores 16 products at a time), rounded once at the store. A row's bits depend
-/// on that row and its group's weights alone: neither on the other rows nor on the tile that it falls into.
+/// Sums are f32 in the order of `k` (in tensor cores 16 products at a time, 8 of tf32), rounded once at the store. A row's bits
+/// depend on that row and its group's weights alone: neither on the other rows nor on the tile that it falls into.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct GroupedGemm {
@@ -31,6 +31,8 @@ pub struct GroupedGemm {
     pub dtype: Dtype,
     /// Element type of `out`: `dtype` or f32.
     pub out_dtype: Dtype,
+    /// How f32 is multiplied; of no meaning for other types.
+    pub f32_products: F32Products,
     /// Which rows belong to which group.
     pub rows: GemmRows,
     /// Weight matrices.
@@ -70,6 +72,20 @@ pub struct GroupedGemm {
     pub tile_rows: Option<usize>,
 }
 
+/// How the products of f32 arrays are computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum F32Products {
+    /// In f32: one fused multiply-add after the other, nothing is rounded before the sum.
+    #[default]
+    Full,
+    /// On tensor cores, which take their factors as tf32: the range of f32 with 11 significant bits. Factors are rounded to nearest,
+    /// ties away from zero (from 2^128 - 2^116 on to infinity), products are exact, sums f32. With relative errors of at most 2^-11 in
+    /// both factors, a sum is off by about `2^-10 * sum_k |a[k] * w[k]|` at most, where [`F32Products::Full`] is off by some 2^-24 of
+    /// it for each addition. Activations are those of 16-bit types, 2 ulp of f32.
+    Tf32,
+}
+
 /// Which rows belong to which group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -93,6 +109,7 @@ impl GroupedGemm {
         GroupedGemm {
             dtype,
             out_dtype: dtype,
+            f32_products: F32Products::Full,
             rows: GemmRows::Equal(num_tokens),
             num_groups: 1,
             inputs,
@@ -335,7 +352,8 @@ impl GroupedGemmPlan {
     /// [`Error::Dtype`]; [`Error::Value`] for sizes that are 0 or above 2^30, `inputs` that is no multiple of 16 bytes, more rows
     /// than 2^31 - 1, a gate without an activation or a clamped SwiGLU without a gate, and `tile_rows` that is none of the four;
     /// [`Error::Stride`] if rows of `a`, `gate` or `up` do not all begin at multiples of 16 bytes, rows of `out` overlap, or an array
-    /// leaves the address space; [`Error::Unsupported`] for more than 2^31 tiles, or a device with less than 96 KiB of shared memory.
+    /// leaves the address space; [`Error::Unsupported`] for more than 2^31 tiles, a gated product of 16-bit rows that is stored in f32,
+    /// transposed weights as tf32, or a device with less than 96 KiB of shared memory.
     pub fn new(problem: &GroupedGemm, limits: &Limits) -> Result<Self> {
         let &GroupedGemm { dtype, out_dtype, rows, num_groups, inputs, outputs, gated, activation, .. } = problem;
         if kernels::INSTANCES.iter().all(|i| i.dtype != dtype) {
@@ -398,7 +416,8 @@ impl GroupedGemmPlan {
         }
         let out = Layout::new("out", out_dtype, [out_groups, out_strides[0]], [row_bound, out_strides[1]], outputs)?;
 
-        let choice = Choice { dtype, out_dtype, gated, transposed, outputs, limits };
+        let tf32 = dtype == Dtype::F32 && problem.f32_products == F32Products::Tf32;
+        let choice = Choice { dtype, out_dtype, tf32, gated, transposed, outputs, limits };
         let mut passes = [None; CLASSES.len()];
         match rows {
             _ if row_bound == 0 || num_groups == 0 => {}
@@ -583,6 +602,7 @@ fn wrong_dtype(argument: &str, expected: &str, found: Dtype) -> Error {
 struct Choice<'a> {
     dtype: Dtype,
     out_dtype: Dtype,
+    tf32: bool,
     gated: bool,
     transposed: bool,
     outputs: usize,
@@ -593,7 +613,7 @@ impl Choice<'_> {
     fn instance(&self, class: usize) -> Result<usize> {
         self.find(class).ok_or_else(|| {
             let case = if self.transposed {
-                "transposed weights with a gate, listed rows, tiles of 32 or 128 rows, or another type of the result"
+                "transposed weights with a gate, listed rows, tiles of 32 or 128 rows, tf32, or another type of the result"
             } else {
                 "a gated product of 16-bit rows that is stored in f32"
             };
@@ -605,7 +625,7 @@ impl Choice<'_> {
     fn find(&self, class: usize) -> Option<usize> {
         kernels::INSTANCES.iter().position(|i| {
             let tile = i.gated == self.gated && i.transposed == self.transposed && i.tile_m as usize == CLASSES[class];
-            tile && i.dtype == self.dtype && i.out == self.out_dtype
+            tile && i.dtype == self.dtype && i.out == self.out_dtype && i.tf32 == self.tf32
         })
     }
 
@@ -686,6 +706,9 @@ mod tests {
         assert_eq!(kernels(&GroupedGemm { tile_rows: Some(64), ..good() }), ["bf16_m64"]);
         assert_eq!(kernels(&GroupedGemm { out_dtype: Dtype::F32, ..good() }), ["bf16_f32_m16"]);
         assert_eq!(kernels(&GroupedGemm::linear(Dtype::F32, 0, 8, 16)), [""; 0]);
+        let tf32 = |dtype| GroupedGemm { f32_products: F32Products::Tf32, ..GroupedGemm::linear(dtype, 3, 8, 16) };
+        assert_eq!(kernels(&tf32(Dtype::F32)), ["tf32_m16"]);
+        assert_eq!(kernels(&tf32(Dtype::BF16)), ["bf16_m16"], "the option is for f32");
         let experts = |rows| GroupedGemm {
             gated: true,
             activation: Some(Activation::Silu),
@@ -704,6 +727,7 @@ mod tests {
                 let choice = Choice {
                     dtype: instance.dtype,
                     out_dtype: instance.out,
+                    tf32: instance.tf32,
                     gated: instance.gated,
                     transposed: instance.transposed,
                     outputs: 4096,
@@ -722,6 +746,7 @@ mod tests {
             let choice = Choice {
                 dtype: Dtype::BF16,
                 out_dtype: Dtype::BF16,
+                tf32: false,
                 gated: false,
                 transposed: false,
                 outputs: 4096,
@@ -796,5 +821,8 @@ mod tests {
         assert_eq!(message(two), "`out` has strides [8, 8, 1], expected rows that do not overlap");
         let gated = GroupedGemm { gated: true, activation: Some(Activation::Relu), out_dtype: Dtype::F32, ..good() };
         assert_eq!(message(gated), "unsupported by cuda: a gated product of 16-bit rows that is stored in f32");
+        let tf32 = GroupedGemm { dtype: Dtype::F32, out_dtype: Dtype::F32, f32_products: F32Products::Tf32, ..good() };
+        let transposed = message(GroupedGemm { transposed: true, ..tf32 });
+        assert!(transposed.starts_with("unsupported by cuda: transposed weights with"), "{transposed}");
     }
 }

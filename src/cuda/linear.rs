@@ -1,6 +1,6 @@
 //! `linear` on the GPU: a weight matrix times rows, and the same for one matrix per head.
 
-use crate::cuda::grouped_gemm::{GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
+use crate::cuda::grouped_gemm::{F32Products, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
 use crate::cuda::memory::{DeviceView, DeviceViewMut, Queue};
 use crate::element::Element;
 use crate::error::Result;
@@ -13,7 +13,7 @@ use crate::error::Result;
 /// * `out`: `[num_tokens, outputs]`, of the type of `x` or f32
 ///
 /// Sums are f32 in the order of `i`, rounded once at the store, the same bits for a token whatever else is in the call. No token
-/// is a legal call.
+/// is a legal call. f32 is multiplied as [`Queue::f32_products`] tells.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Stride`](crate::Error::Stride), [`Error::Len`](crate::Error::Len) for an argument
@@ -34,6 +34,7 @@ pub fn linear<T: Element, O: Element>(
     out.check("out", [num_tokens, outputs])?;
     let mut problem = GroupedGemm::linear(T::DTYPE, num_tokens, outputs, inputs);
     problem.out_dtype = O::DTYPE;
+    problem.f32_products = queue.f32_products();
     problem.a_stride = x.strides()[0];
     problem.up_stride = weight.strides()[0];
     problem.out_stride = out.strides()[0];
@@ -84,6 +85,8 @@ pub(super) fn launch_heads<T: Element, O: Element>(
     problem.out_dtype = O::DTYPE;
     problem.num_groups = heads;
     problem.transposed = transposed;
+    // There is no tf32 product with transposed weights.
+    problem.f32_products = if transposed { F32Products::Full } else { queue.f32_products() };
     [problem.a_stride, problem.a_group_stride, _] = x.strides();
     [problem.up_group_stride, problem.up_stride, _] = weight.strides();
     [problem.out_stride, problem.out_group_stride, _] = out.strides();

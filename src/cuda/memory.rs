@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 
 use crate::cuda::driver::{Buffer, Driver, Stream};
+use crate::cuda::grouped_gemm::F32Products;
 use crate::error::{Error, Result};
 use crate::view::{check_disjoint, check_layout, contiguous, extent};
 
@@ -205,6 +206,7 @@ pub struct Queue<'a> {
     driver: &'a dyn Driver,
     stream: Stream,
     workspace: Option<Buffer<'a>>,
+    f32_products: F32Products,
 }
 
 impl<'a> Queue<'a> {
@@ -219,7 +221,7 @@ impl<'a> Queue<'a> {
     /// # Safety
     /// `stream` belongs to the device and outlives the queue.
     pub unsafe fn on_stream(driver: &'a dyn Driver, stream: Stream) -> Self {
-        Queue { driver, stream, workspace: None }
+        Queue { driver, stream, workspace: None, f32_products: F32Products::Full }
     }
 
     /// A queue on a stream of cudarc, with an empty workspace. Arrays of cudarc come to it through [`Lent`](crate::cuda::Lent)
@@ -245,6 +247,18 @@ impl<'a> Queue<'a> {
     /// The stream.
     pub fn stream(&self) -> Stream {
         self.stream
+    }
+
+    /// How the calls from here on multiply f32 arrays: [`linear`](super::linear()), [`linear_heads`](super::linear_heads),
+    /// [`mla_project_value`](super::mla_project_value), [`mlp`](super::mlp), [`expert_ffn`](super::expert_ffn()) and the experts of
+    /// [`moe`](super::moe()). Everything else that is f32 stays f32, the choice of experts too. [`F32Products::Full`] unless set.
+    pub fn set_f32_products(&mut self, products: F32Products) {
+        self.f32_products = products;
+    }
+
+    /// How calls multiply f32 arrays.
+    pub fn f32_products(&self) -> F32Products {
+        self.f32_products
     }
 
     /// Whether arrays may be used here: those that are lent to a stream, by this one alone.

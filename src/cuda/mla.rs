@@ -13,7 +13,7 @@ use crate::spec::Mla;
 /// * `kv_b`: `[num_heads, nope_dim + value_dim, kv_lora_rank]`, of which the first `nope_dim` rows make keys
 /// * `out`: `[num_tokens, num_heads, kv_lora_rank]`; the rotated part of the query goes behind it
 ///
-/// Numerics as [`linear`](super::linear()).
+/// Numerics as [`linear`](super::linear()); f32 is multiplied in full, whatever the queue says.
 ///
 /// # Errors
 /// Those of [`Mla::validate`]; [`Error::Shape`](crate::Error::Shape), [`Error::Stride`](crate::Error::Stride),

@@ -3,7 +3,7 @@
 use crate::cuda::driver::{Driver, Limits, Stream};
 use crate::cuda::expert_ffn::{ExpertFfnArgs, ExpertFfnPlan, ExpertFfnProblem, Routing, SharedRows};
 use crate::cuda::ffn::{Block, BlockPlan, BlockRows, ExpertWeights, FfnArgs, FfnStrides, FfnWeights};
-use crate::cuda::grouped_gemm::{GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
+use crate::cuda::grouped_gemm::{F32Products, GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
 use crate::cuda::memory::{DeviceView, DeviceViewMut, Home, Parts, Queue};
 use crate::cuda::route::{Route, RouteArgs, RouteOutput, RoutePlan};
 use crate::cuda::router_logits::{RouterLogits, RouterLogitsArgs, RouterLogitsPlan};
@@ -171,6 +171,8 @@ pub struct MoeProblem {
     pub dtype: Dtype,
     /// Element type of the router's weights: bf16, f16 or f32.
     pub router_dtype: Dtype,
+    /// How f32 is multiplied in the experts, the shared one too; router and gate of the shared expert always in full.
+    pub f32_products: F32Products,
     /// Rows; 0 is legal.
     pub num_tokens: usize,
     /// Where the experts of the tokens come from.
@@ -195,6 +197,7 @@ impl MoeProblem {
             spec: spec.clone(),
             dtype,
             router_dtype: dtype,
+            f32_products: F32Products::Full,
             num_tokens,
             routing: MoeRouting::Computed,
             hidden_stride: ffn.hidden_size,
@@ -310,6 +313,7 @@ impl MoePlan {
         let mut parts = Parts::default();
         let mut offsets = Offsets::default();
         let mut experts = ExpertFfnProblem {
+            f32_products: problem.f32_products,
             distinct_ids: true,
             hidden_stride: problem.hidden_stride,
             weights: problem.experts,
@@ -369,6 +373,7 @@ impl MoePlan {
                     strides: &problem.shared,
                     dtype,
                     out_dtype: dtype,
+                    f32_products: problem.f32_products,
                     num_blocks: 1,
                     num_tokens,
                     hidden_stride: problem.hidden_stride,
@@ -568,6 +573,7 @@ fn asked_for(queue: &Queue<'_>, route: &Route, output: &RouteOutput<'_>) -> Resu
 ///
 /// Logits and routing are those of [`router_logits`](crate::cuda::router_logits()) and [`route`](crate::cuda::route()); experts are
 /// added in ascending order in f32, then the shared one, rounded once at the store. See [`expert_ffn`](crate::cuda::expert_ffn()).
+/// f32 is multiplied in the experts as [`Queue::f32_products`] tells, elsewhere in full.
 /// Which experts the tokens go to is never read back, so prefill and decode can be recorded into a graph.
 ///
 /// # Errors
@@ -588,6 +594,7 @@ pub fn moe<T: Element, Q: Element>(
     shared.iter().try_for_each(|shared| queue.check_homes(&shared.homes()))?;
     let mut problem = MoeProblem::new(spec, T::DTYPE, num_tokens);
     problem.router_dtype = Q::DTYPE;
+    problem.f32_products = queue.f32_products();
     problem.hidden_stride = input.hidden.strides()[0];
     problem.router_stride = weights.router.strides()[0];
     problem.experts = weights.experts.strides()?;

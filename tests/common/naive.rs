@@ -17,13 +17,21 @@ use textbook::dot;
 pub enum Store {
     F32,
     Storage,
+    /// As tf32, which the next product makes of its f32 factors.
+    Tf32,
+}
+
+/// Rounded to 11 significant bits, to nearest, ties away from zero.
+pub fn tf32(x: f32) -> f32 {
+    if x.is_finite() { f32::from_bits((x.to_bits() + 0x1000) & !0x1fff) } else { x }
 }
 
 impl Store {
-    fn round<T: Element>(self, x: f32) -> f32 {
+    pub fn round<T: Element>(self, x: f32) -> f32 {
         match self {
             Store::F32 => x,
             Store::Storage => T::from_f32(x).to_f32(),
+            Store::Tf32 => tf32(x),
         }
     }
 }

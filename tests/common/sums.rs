@@ -65,7 +65,7 @@ pub fn naive_experts<T: Element, W: Element, O: Element>(case: &ExpertCase<T, W>
         let exact = x.iter().zip(w).map(|(x, w)| f64::from(*x) * w.to_f64()).sum::<f64>() + f64::from(bias);
         naive_sum(&terms, bias, exact, starts)
     };
-    let round = |x: f32, store: Store| if store == Store::Storage { T::from_f32(x).to_f32() } else { x };
+    let round = |x: f32, store: Store| store.round::<T>(x);
     let inner_store = inner;
     for t in 0..hidden.shape()[0] {
         let mut total = vec![0.0f32; ffn.hidden_size];

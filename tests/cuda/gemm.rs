@@ -7,7 +7,7 @@ use crate::common::{Layout, Output, Rng, naive};
 use crate::{on_devices, staged};
 use gatefold::args::FfnWeights;
 use gatefold::cuda::driver::{Buffer, Driver, Limits};
-use gatefold::cuda::{GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan, Stream};
+use gatefold::cuda::{F32Products, GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan, Stream};
 use gatefold::spec::{Activation, Ffn, Mla};
 use gatefold::{Dtype, Element, View, ViewMut, reference};
 use half::{bf16, f16};
@@ -142,7 +142,7 @@ fn linear() {
 
 /// How gate and up lie.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Weights {
+pub enum Weights {
     /// One array for each, with gaps behind rows and matrices.
     Separate,
     /// Gate rows, then up rows.
@@ -155,25 +155,26 @@ enum Weights {
 
 /// One product of listed rows.
 #[derive(Clone, Debug)]
-struct Grouped {
+pub struct Grouped {
     /// Rows of each group.
-    sizes: Vec<usize>,
-    inputs: usize,
-    outputs: usize,
-    gated: bool,
-    activation: Option<Activation>,
-    weights: Weights,
-    bias: bool,
-    row_weight: bool,
+    pub sizes: Vec<usize>,
+    pub inputs: usize,
+    pub outputs: usize,
+    pub gated: bool,
+    pub activation: Option<Activation>,
+    pub weights: Weights,
+    pub bias: bool,
+    pub row_weight: bool,
     /// Rows of `a` by number: so many, each used several times.
-    tokens: Option<usize>,
+    pub tokens: Option<usize>,
     /// Elements between rows of `a` and of `out`, beyond their width.
-    gap: usize,
-    seed: u64,
+    pub gap: usize,
+    pub seed: u64,
+    pub products: F32Products,
 }
 
 impl Grouped {
-    fn new(sizes: &[usize], outputs: usize, inputs: usize) -> Self {
+    pub fn new(sizes: &[usize], outputs: usize, inputs: usize) -> Self {
         Grouped {
             sizes: sizes.to_vec(),
             inputs,
@@ -186,7 +187,14 @@ impl Grouped {
             tokens: None,
             gap: 0,
             seed: 1,
+            products: F32Products::Full,
         }
+    }
+
+    /// A factor of the products, as they take it.
+    fn factor<T: Element>(&self, x: T) -> f32 {
+        let tf32 = T::DTYPE == Dtype::F32 && self.products == F32Products::Tf32;
+        if tf32 { naive::tf32(x.to_f32()) } else { x.to_f32() }
     }
 
     fn rows(&self) -> usize {
@@ -195,9 +203,9 @@ impl Grouped {
 }
 
 /// The arguments of a product.
-struct Data<T> {
+pub struct Data<T> {
     /// `[source rows][inputs]`
-    a: Vec<T>,
+    pub a: Vec<T>,
     row_token: Vec<u32>,
     row_weight: Vec<f32>,
     /// Gate, up: `[groups][outputs][inputs]`
@@ -207,7 +215,7 @@ struct Data<T> {
 }
 
 impl<T: Element> Data<T> {
-    fn new(case: &Grouped) -> Self {
+    pub fn new(case: &Grouped) -> Self {
         let mut rng = Rng::new(case.seed);
         let (groups, rows) = (case.sizes.len(), case.rows());
         let source = case.tokens.unwrap_or(rows);
@@ -241,7 +249,7 @@ fn spread<T: Element>(values: &[T], width: usize, starts: impl Iterator<Item = u
     memory
 }
 
-const CLASSES: [usize; 4] = [16, 32, 64, 128];
+pub const CLASSES: [usize; 4] = [16, 32, 64, 128];
 
 /// The lists of tiles: each group in the class of its size, or all in one.
 fn tiles(case: &Grouped, class: Option<usize>, max_tiles: usize) -> ([u32; 4], Vec<u32>) {
@@ -261,7 +269,7 @@ fn tiles(case: &Grouped, class: Option<usize>, max_tiles: usize) -> ([u32; 4], V
 }
 
 /// `out`, from the device. `class`: all rows in tiles of this class, not of that of their group.
-fn run_grouped<T: Element>(driver: &dyn Driver, case: &Grouped, data: &Data<T>, class: Option<usize>) -> Vec<T> {
+pub fn run_grouped<T: Element>(driver: &dyn Driver, case: &Grouped, data: &Data<T>, class: Option<usize>) -> Vec<T> {
     let &Grouped { inputs, outputs, gated, gap, .. } = case;
     let (groups, rows) = (case.sizes.len(), case.rows());
     let max_tiles = rows / 16 + groups;
@@ -269,6 +277,7 @@ fn run_grouped<T: Element>(driver: &dyn Driver, case: &Grouped, data: &Data<T>, 
     let max_group_rows = class.map_or(case.sizes.iter().copied().max().unwrap_or(0), |_| rows);
     problem.rows = GemmRows::Listed { max_rows: rows, max_group_rows, max_tiles };
     problem.gated = gated;
+    problem.f32_products = case.products;
     problem.activation = case.activation;
     problem.source_rows = data.a.len() / inputs;
     problem.a_stride = inputs + gap.next_multiple_of(8);
@@ -396,7 +405,8 @@ fn naive_grouped<T: Element>(case: &Grouped, data: &Data<T>) -> Vec<T> {
                 let sum = |matrix: usize| {
                     let (a, w) = (data.a_row(case, row), data.weight_row(case, matrix, group, o));
                     let bias = data.biases[matrix][group * case.outputs + o];
-                    let terms: Vec<f32> = a.iter().zip(w).map(|(a, w)| factor * a.to_f32() * w.to_f32()).collect();
+                    let terms: Vec<f32> =
+                        a.iter().zip(w).map(|(a, w)| factor * case.factor(*a) * case.factor(*w)).collect();
                     let exact = a.iter().zip(w).map(|(a, w)| f64::from(factor) * a.to_f64() * w.to_f64()).sum::<f64>();
                     naive_sum(&terms, bias, exact + f64::from(bias), starts)
                 };
@@ -410,14 +420,14 @@ fn naive_grouped<T: Element>(case: &Grouped, data: &Data<T>) -> Vec<T> {
     naive
 }
 
-fn check_grouped<T: Element>(driver: &dyn Driver, case: &Grouped) {
+pub fn check_grouped<T: Element>(driver: &dyn Driver, case: &Grouped) {
     let data = Data::<T>::new(case);
     let found = run_grouped(driver, case, &data, None);
     let what = format!("{case:?} {}", T::DTYPE);
     assert_sums(&what, &found, &truth(case, &data), &naive_grouped(case, &data), case.outputs);
 }
 
-const ACTIVATIONS: [Activation; 6] = [
+pub const ACTIVATIONS: [Activation; 6] = [
     Activation::Silu,
     Activation::GeluErf,
     Activation::GeluTanh,
@@ -427,7 +437,7 @@ const ACTIVATIONS: [Activation; 6] = [
 ];
 
 /// Every pair of options: activation, layout of the weights, biases, router weight on the input, gather, gaps, size.
-fn check_options<T: Element>(driver: &dyn Driver) {
+pub fn check_options<T: Element>(driver: &dyn Driver, products: F32Products) {
     let is_clamped = |activation: usize| activation == 5;
     let pairs = pairwise(&[7, 4, 2, 2, 2, 3, 2, 2], crate::common::seed(), |x| {
         let gated = x[6] == 1;
@@ -445,6 +455,7 @@ fn check_options<T: Element>(driver: &dyn Driver) {
         case.tokens = (x[4] == 1).then_some(7);
         case.gap = [0, 3, 8][x[5]];
         case.seed = i as u64;
+        case.products = products;
         check_grouped::<T>(driver, &case);
     }
 }
@@ -452,20 +463,21 @@ fn check_options<T: Element>(driver: &dyn Driver) {
 #[test]
 fn grouped_options() {
     on_devices(false, |driver| {
-        check_options::<bf16>(driver);
-        check_options::<f16>(driver);
-        check_options::<f32>(driver);
+        check_options::<bf16>(driver, F32Products::Full);
+        check_options::<f16>(driver, F32Products::Full);
+        check_options::<f32>(driver, F32Products::Full);
     });
 }
 
 /// Groups of all sizes around the tiles, none among them; widths around the tiles too.
-fn check_ragged<T: Element>(driver: &dyn Driver) {
+pub fn check_ragged<T: Element>(driver: &dyn Driver, products: F32Products) {
     let sizes = [0, 1, 15, 16, 17, 0, 64, 128, 129, 300, 0];
     for (gated, outputs, inputs) in [(true, 72, 72), (false, 136, 64)] {
         let mut case = Grouped::new(&sizes, outputs, inputs);
         case.gated = gated;
         case.activation = gated.then_some(Activation::Silu);
         case.tokens = Some(90);
+        case.products = products;
         check_grouped::<T>(driver, &case);
     }
     check_grouped::<T>(driver, &Grouped::new(&[0, 0, 0], 8, 8));
@@ -475,19 +487,20 @@ fn check_ragged<T: Element>(driver: &dyn Driver) {
 #[test]
 fn grouped_ragged() {
     on_devices(false, |driver| {
-        check_ragged::<bf16>(driver);
-        check_ragged::<f16>(driver);
-        check_ragged::<f32>(driver);
+        check_ragged::<bf16>(driver, F32Products::Full);
+        check_ragged::<f16>(driver, F32Products::Full);
+        check_ragged::<f32>(driver, F32Products::Full);
     });
 }
 
 /// A row has the same bits in every class of tiles, with other rows and groups around it, and from run to run.
-fn check_grouped_bits<T: Element>(driver: &dyn Driver) {
+pub fn check_grouped_bits<T: Element>(driver: &dyn Driver, products: F32Products) {
     for (gated, bias) in [(true, false), (false, true)] {
         let mut case = Grouped::new(&[5, 0, 40, 70, 1], 88, 200);
         case.gated = gated;
         case.activation = Some(Activation::GeluTanh);
         case.bias = bias;
+        case.products = products;
         let data = Data::<T>::new(&case);
         let all = run_grouped(driver, &case, &data, None);
         for class in 0..CLASSES.len() {
@@ -508,18 +521,19 @@ fn check_grouped_bits<T: Element>(driver: &dyn Driver) {
 #[test]
 fn grouped_bits() {
     on_devices(true, |driver| {
-        check_grouped_bits::<bf16>(driver);
-        check_grouped_bits::<f16>(driver);
-        check_grouped_bits::<f32>(driver);
+        check_grouped_bits::<bf16>(driver, F32Products::Full);
+        check_grouped_bits::<f16>(driver, F32Products::Full);
+        check_grouped_bits::<f32>(driver, F32Products::Full);
     });
 }
 
 /// NaN and infinity stay in their row, zero rows and columns past the end do not spread what lies there.
-fn check_grouped_nan<T: Element>(driver: &dyn Driver) {
+pub fn check_grouped_nan<T: Element>(driver: &dyn Driver, products: F32Products) {
     for activation in ACTIVATIONS {
         let mut case = Grouped::new(&[9, 20], 24, 72);
         case.gated = true;
         case.activation = Some(activation);
+        case.products = products;
         let mut data = Data::<T>::new(&case);
         let good = run_grouped(driver, &case, &data, None);
         data.a[4 * case.inputs + 71] = T::from_f32(f32::NAN);
@@ -547,19 +561,20 @@ fn check_grouped_nan<T: Element>(driver: &dyn Driver) {
 #[test]
 fn grouped_nan() {
     on_devices(true, |driver| {
-        check_grouped_nan::<bf16>(driver);
-        check_grouped_nan::<f16>(driver);
-        check_grouped_nan::<f32>(driver);
+        check_grouped_nan::<bf16>(driver, F32Products::Full);
+        check_grouped_nan::<f16>(driver, F32Products::Full);
+        check_grouped_nan::<f32>(driver, F32Products::Full);
     });
 }
 
 /// What 256 more columns `k` of one full tile cost, by entry: warp instructions, MMA (or FMA) among them, sectors fetched.
-fn loop_cost<T: Element>(class: usize, gated: bool) -> (&'static str, u64, u64, u64) {
+pub fn loop_cost<T: Element>(class: usize, gated: bool, products: F32Products) -> (&'static str, u64, u64, u64) {
     let sim = Simulator::new(false);
     let count = |inputs: usize| {
         let mut case = Grouped::new(&[CLASSES[class]], 128, inputs);
         case.weights = Weights::Halves; // rows at whole sectors
         case.gated = gated;
+        case.products = products;
         case.activation = gated.then_some(Activation::Silu);
         run_grouped(&sim, &case, &Data::<T>::new(&case), Some(class));
         let counters = sim.take_counters();
@@ -568,7 +583,8 @@ fn loop_cost<T: Element>(class: usize, gated: bool) -> (&'static str, u64, u64, 
         (entry, counters)
     };
     let ((entry, short), (_, long)) = (count(256), count(512));
-    let class = if T::DTYPE == Dtype::F32 { Class::Float } else { Class::Matrix };
+    let scalar = T::DTYPE == Dtype::F32 && products == F32Products::Full;
+    let class = if scalar { Class::Float } else { Class::Matrix };
     let sectors = long.global_sectors - short.global_sectors;
     assert_eq!(32 * sectors, long.global_bytes - short.global_bytes, "{entry}: sectors that are not used whole");
     (entry, long.instructions - short.instructions, long.class(class) - short.class(class), sectors)
@@ -580,10 +596,10 @@ fn grouped_counters() {
     let mut found = Vec::new();
     for class in 0..CLASSES.len() {
         for gated in [false, true] {
-            found.push(loop_cost::<bf16>(class, gated));
+            found.push(loop_cost::<bf16>(class, gated, F32Products::Full));
         }
     }
-    found.push(loop_cost::<f32>(3, false));
+    found.push(loop_cost::<f32>(3, false, F32Products::Full));
     let expected = [
         ("gatefold_grouped_gemm_bf16_m16", 2720, 256, 2560),
         ("gatefold_grouped_gemm_bf16_m16_gated", 5632, 512, 5120),

@@ -25,6 +25,7 @@ mod mixture_bits;
 mod moe;
 mod recorded;
 mod route;
+mod tf32;
 
 use common::simulator::Simulator;
 use common::skip::skipped;

@@ -14,22 +14,22 @@ pub fn linear<T: Element, O: Element>(
     bias: Option<&[f32]>,
     out: ViewMut<'_, O, 2>,
 ) -> Result<()> {
-    linear_with(driver, x, &Staged::new(driver, weight)?, bias, out)
+    linear_with(&mut Queue::new(driver), x, &Staged::new(driver, weight)?, bias, out)
 }
 
 /// [`linear`] with a weight that is on the device already.
 pub fn linear_with<T: Element, O: Element>(
-    driver: &dyn Driver,
+    queue: &mut Queue<'_>,
     x: View<'_, T, 2>,
     weight: &Staged<'_, T, 2>,
     bias: Option<&[f32]>,
     out: ViewMut<'_, O, 2>,
 ) -> Result<()> {
-    let mut queue = Queue::new(driver);
+    let driver = queue.driver();
     let x = Staged::new(driver, x)?;
     let bias = bias.map(|bias| vector(driver, bias)).transpose()?;
     let mut result = StagedMut::new(driver, &out)?;
-    cuda::linear(&mut queue, x.view(), weight.view(), bias.as_ref().map(Staged::view), result.view())?;
+    cuda::linear(queue, x.view(), weight.view(), bias.as_ref().map(Staged::view), result.view())?;
     result.finish(queue.stream(), out)
 }
 
@@ -40,10 +40,20 @@ pub fn linear_heads<T: Element, O: Element>(
     weight: View<'_, T, 3>,
     out: ViewMut<'_, O, 3>,
 ) -> Result<()> {
-    let mut queue = Queue::new(driver);
+    linear_heads_with(&mut Queue::new(driver), x, weight, out)
+}
+
+/// [`linear_heads`] on a queue.
+pub fn linear_heads_with<T: Element, O: Element>(
+    queue: &mut Queue<'_>,
+    x: View<'_, T, 3>,
+    weight: View<'_, T, 3>,
+    out: ViewMut<'_, O, 3>,
+) -> Result<()> {
+    let driver = queue.driver();
     let (x, weight) = (Staged::new(driver, x)?, Staged::new(driver, weight)?);
     let mut result = StagedMut::new(driver, &out)?;
-    cuda::linear_heads(&mut queue, x.view(), weight.view(), result.view())?;
+    cuda::linear_heads(queue, x.view(), weight.view(), result.view())?;
     result.finish(queue.stream(), out)
 }
 
@@ -55,10 +65,21 @@ pub fn mla_absorb_query<T: Element>(
     kv_b: View<'_, T, 3>,
     out: ViewMut<'_, T, 3>,
 ) -> Result<()> {
-    let mut queue = Queue::new(driver);
+    mla_absorb_query_with(&mut Queue::new(driver), spec, q_nope, kv_b, out)
+}
+
+/// [`mla_absorb_query`] on a queue.
+pub fn mla_absorb_query_with<T: Element>(
+    queue: &mut Queue<'_>,
+    spec: &Mla,
+    q_nope: View<'_, T, 3>,
+    kv_b: View<'_, T, 3>,
+    out: ViewMut<'_, T, 3>,
+) -> Result<()> {
+    let driver = queue.driver();
     let (q_nope, kv_b) = (Staged::new(driver, q_nope)?, Staged::new(driver, kv_b)?);
     let mut result = StagedMut::new(driver, &out)?;
-    cuda::mla_absorb_query(&mut queue, spec, q_nope.view(), kv_b.view(), result.view())?;
+    cuda::mla_absorb_query(queue, spec, q_nope.view(), kv_b.view(), result.view())?;
     result.finish(queue.stream(), out)
 }
 

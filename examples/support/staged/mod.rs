@@ -17,7 +17,9 @@ mod route;
 pub use arrays::{Staged, StagedMut, vector};
 pub use attention::attention;
 pub use glue::{add, norm, sigmoid_mul};
-pub use linear::{linear, linear_heads, linear_with, mla_absorb_query, mla_project_value};
+pub use linear::{
+    linear, linear_heads, linear_heads_with, linear_with, mla_absorb_query, mla_absorb_query_with, mla_project_value,
+};
 pub use linear_attention::{retention, wkv};
 pub use merge::merge;
 pub use moe::{

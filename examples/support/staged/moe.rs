@@ -121,21 +121,21 @@ pub fn mlp<T: Element, O: Element>(
     weights: &args::FfnWeights<'_, T>,
     out: ViewMut<'_, O, 2>,
 ) -> Result<()> {
-    mlp_with(driver, spec, x, &StagedFfn::new(driver, weights)?, out)
+    mlp_with(&mut Queue::new(driver), spec, x, &StagedFfn::new(driver, weights)?, out)
 }
 
 /// [`mlp`] with weights that are on the device already.
 pub fn mlp_with<T: Element, O: Element>(
-    driver: &dyn Driver,
+    queue: &mut Queue<'_>,
     spec: &Ffn,
     x: View<'_, T, 2>,
     weights: &StagedFfn<'_, T>,
     out: ViewMut<'_, O, 2>,
 ) -> Result<()> {
-    let mut queue = Queue::new(driver);
+    let driver = queue.driver();
     let x = Staged::new(driver, x)?;
     let mut result = StagedMut::new(driver, &out)?;
-    cuda::mlp(&mut queue, spec, x.view(), &weights.weights(), result.view())?;
+    cuda::mlp(queue, spec, x.view(), &weights.weights(), result.view())?;
     result.finish(queue.stream(), out)
 }
 
@@ -148,23 +148,23 @@ pub fn expert_ffn<T: Element>(
     weights: &args::ExpertWeights<'_, T>,
     out: ViewMut<'_, T, 2>,
 ) -> Result<()> {
-    expert_ffn_with(driver, spec, hidden, routing, &StagedExperts::new(driver, weights)?, out)
+    expert_ffn_with(&mut Queue::new(driver), spec, hidden, routing, &StagedExperts::new(driver, weights)?, out)
 }
 
 /// [`expert_ffn`] with weights that are on the device already.
 pub fn expert_ffn_with<T: Element>(
-    driver: &dyn Driver,
+    queue: &mut Queue<'_>,
     spec: &ExpertFfn,
     hidden: View<'_, T, 2>,
     routing: &args::Routing<'_>,
     weights: &StagedExperts<'_, T>,
     out: ViewMut<'_, T, 2>,
 ) -> Result<()> {
-    let mut queue = Queue::new(driver);
+    let driver = queue.driver();
     let hidden = Staged::new(driver, hidden)?;
     let routing = StagedRouting::new(driver, routing)?;
     let mut result = StagedMut::new(driver, &out)?;
-    cuda::expert_ffn(&mut queue, spec, hidden.view(), &routing.routing(), &weights.weights(), result.view())?;
+    cuda::expert_ffn(queue, spec, hidden.view(), &routing.routing(), &weights.weights(), result.view())?;
     result.finish(queue.stream(), out)
 }
 
@@ -176,18 +176,18 @@ pub fn moe<T: Element, Q: Element>(
     weights: &args::MoeWeights<'_, T, f32, Q>,
     output: args::MoeOutput<'_, T>,
 ) -> Result<()> {
-    moe_with(driver, spec, input, &StagedMoe::new(driver, weights)?, output)
+    moe_with(&mut Queue::new(driver), spec, input, &StagedMoe::new(driver, weights)?, output)
 }
 
 /// [`moe`] with weights that are on the device already.
 pub fn moe_with<T: Element, Q: Element>(
-    driver: &dyn Driver,
+    queue: &mut Queue<'_>,
     spec: &Moe,
     input: &args::MoeInput<'_, T>,
     weights: &StagedMoe<'_, T, Q>,
     output: args::MoeOutput<'_, T>,
 ) -> Result<()> {
-    let mut queue = Queue::new(driver);
+    let driver = queue.driver();
     let hidden = Staged::new(driver, input.hidden)?;
     let mask = input.token_mask.map(|mask| vector(driver, mask)).transpose()?;
     let routing = input.routing.as_ref().map(|routing| StagedRouting::new(driver, routing)).transpose()?;
@@ -200,7 +200,7 @@ pub fn moe_with<T: Element, Q: Element>(
     let mut route = route.map(|route| StagedRoute::new(driver, route)).transpose()?;
     let mut there = cuda::MoeOutput::new(result.view());
     there.route = route.as_mut().map(StagedRoute::output);
-    cuda::moe(&mut queue, spec, &on_device, &weights.weights(), there)?;
+    cuda::moe(queue, spec, &on_device, &weights.weights(), there)?;
     if let Some(route) = route {
         route.finish(queue.stream())?;
     }
