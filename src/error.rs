@@ -149,3 +149,31 @@ impl Error {
 pub(crate) fn check_len(argument: &str, found: usize, expected: usize) -> Result<()> {
     if found == expected { Ok(()) } else { Err(Error::Len { argument: argument.into(), expected, found }) }
 }
+
+/// Gives back an argument that is there exactly where it is `wanted`; otherwise says why it should be given, or absent.
+pub(crate) fn check_presence<T>(
+    argument: &str,
+    given: Option<T>,
+    wanted: bool,
+    [missing, unexpected]: [&str; 2],
+) -> Result<Option<T>> {
+    match (&given, wanted) {
+        (None, true) => Err(Error::missing(argument, missing)),
+        (Some(_), false) => Err(Error::unexpected(argument, unexpected)),
+        _ => Ok(given),
+    }
+}
+
+/// Why an argument should be given, and why absent: the same words wherever its memory is.
+pub(crate) mod why {
+    pub(crate) const GATE: [&str; 2] = ["the block is gated", "the block is plain"];
+    pub(crate) const BLOCK_BIAS: [&str; 2] = ["the block has this bias", "the block has no such bias"];
+    pub(crate) const MIXTURE_BIAS: [&str; 2] = ["the mixture has this bias", "the mixture has no such bias"];
+    pub(crate) const SHARED: [&str; 2] = ["the mixture has a shared expert", "the mixture has no shared expert"];
+    pub(crate) const SHARED_GATE: [&str; 2] = ["the shared expert has a gate", "the shared expert has no gate"];
+    pub(crate) const NORM_BIAS: [&str; 2] = ["the norm has one", "the norm has none"];
+    pub(crate) const ALIBI: [&str; 2] = ["the specification has ALiBi", "the specification has no ALiBi"];
+    pub(crate) const RELATIVE_BIAS: [&str; 2] = ["the specification has a relative bias", "the specification has none"];
+    pub(crate) const SINKS: [&str; 2] = ["the specification has sinks", "the specification has none"];
+    pub(crate) const PLAN: [&str; 2] = ["the plan has it", "the plan has none"];
+}

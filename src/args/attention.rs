@@ -1,7 +1,7 @@
 //! Arguments of attention: queries, keys and values in three layouts, sequences, masks and biases.
 
 use super::check_prefix_sums;
-use crate::error::{Error, Result, check_len};
+use crate::error::{Error, Result, check_len, check_presence, why};
 use crate::spec::Attention;
 use crate::view::{View, ViewMut};
 
@@ -392,10 +392,8 @@ impl<'a, T, S: Copy> AttentionInput<'a, T, S> {
         if let Some(bias) = &self.bias {
             bias.check_broadcast("bias", scores)?;
         }
-        match (spec.alibi, self.alibi_slopes) {
-            (true, None) => return Err(Error::missing("alibi_slopes", "the specification has ALiBi")),
-            (false, Some(_)) => return Err(Error::unexpected("alibi_slopes", "the specification has no ALiBi")),
-            (_, slopes) => slopes.map_or(Ok(()), |s| check_len("alibi_slopes", s.len(), spec.num_heads))?,
+        if let Some(slopes) = check_presence("alibi_slopes", self.alibi_slopes, spec.alibi, why::ALIBI)? {
+            check_len("alibi_slopes", slopes.len(), spec.num_heads)?;
         }
         if let Some(positions) = &self.alibi_positions {
             if !spec.alibi {
@@ -404,16 +402,13 @@ impl<'a, T, S: Copy> AttentionInput<'a, T, S> {
             let seqs = if positions.shape()[0] == 1 { 1 } else { num_seqs };
             positions.check("alibi_positions", [seqs, shape.max_kv_len])?;
         }
-        match (&spec.relative_bias, &self.relative_bias) {
-            (Some(_), None) => return Err(Error::missing("relative_bias", "the specification has a relative bias")),
-            (None, Some(_)) => return Err(Error::unexpected("relative_bias", "the specification has none")),
-            (Some(bias), Some(table)) => table.check("relative_bias", [bias.num_buckets, spec.num_heads])?,
-            (None, None) => {}
+        let has_table = spec.relative_bias.is_some();
+        let table = check_presence("relative_bias", self.relative_bias, has_table, why::RELATIVE_BIAS)?;
+        if let (Some(table), Some(bias)) = (table, &spec.relative_bias) {
+            table.check("relative_bias", [bias.num_buckets, spec.num_heads])?;
         }
-        match (spec.sinks, self.sinks) {
-            (true, None) => return Err(Error::missing("sinks", "the specification has sinks")),
-            (false, Some(_)) => return Err(Error::unexpected("sinks", "the specification has none")),
-            (_, sinks) => sinks.map_or(Ok(()), |s| check_len("sinks", s.len(), spec.num_heads))?,
+        if let Some(sinks) = check_presence("sinks", self.sinks, spec.sinks, why::SINKS)? {
+            check_len("sinks", sinks.len(), spec.num_heads)?;
         }
         output.out.check("out", [num_tokens, spec.num_heads, spec.value_dim])?;
         if let Some(lse) = &output.lse {

@@ -2,7 +2,7 @@
 //! them: there their shape comes as an argument.
 
 use super::{RopeTable, Routing};
-use crate::error::{Error, Result, check_len};
+use crate::error::{Result, check_len, check_presence, why};
 use crate::spec::{ExpertFfn, Ffn, Mla, Norm, Rope, Router};
 use crate::view::{View, ViewMut};
 
@@ -18,11 +18,8 @@ pub(crate) fn check_norm<T, S, O, const N: usize>(
     let width = x.shape()[N - 1];
     x.check("x", x.shape())?;
     weight.map_or(Ok(()), |w| check_len("weight", w.len(), width))?;
-    match (bias, spec.bias) {
-        (Some(bias), true) => check_len("bias", bias.len(), width)?,
-        (None, true) => return Err(Error::missing("bias", "the norm has one")),
-        (Some(_), false) => return Err(Error::unexpected("bias", "the norm has none")),
-        (None, false) => {}
+    if let Some(bias) = check_presence("bias", bias, spec.bias, why::NORM_BIAS)? {
+        check_len("bias", bias.len(), width)?;
     }
     out.check("out", x.shape())
 }

@@ -1,6 +1,6 @@
 //! Arguments of routing, experts and the whole mixture.
 
-use crate::error::{Error, Result, check_len};
+use crate::error::{Error, Result, check_len, check_presence, why};
 use crate::spec::{ExpertFfn, Ffn, Moe, Router, Selection};
 use crate::view::{View, ViewMut};
 
@@ -205,11 +205,8 @@ impl<'a, W, S> FfnWeights<'a, W, S> {
     /// As [`ExpertWeights::check`].
     pub fn check(&self, ffn: &Ffn) -> Result<()> {
         let (inter, hidden) = (ffn.intermediate_size, ffn.hidden_size);
-        match (&self.gate, ffn.gated) {
-            (Some(gate), true) => gate.check("gate", [inter, hidden])?,
-            (None, true) => return Err(Error::missing("gate", "the block is gated")),
-            (Some(_), false) => return Err(Error::unexpected("gate", "the block is plain")),
-            (None, false) => {}
+        if let Some(gate) = check_presence("gate", self.gate, ffn.gated, why::GATE)? {
+            gate.check("gate", [inter, hidden])?;
         }
         self.up.check("up", [inter, hidden])?;
         self.down.check("down", [hidden, inter])?;
@@ -218,11 +215,8 @@ impl<'a, W, S> FfnWeights<'a, W, S> {
             ("up_bias", self.up_bias, ffn.up_bias, inter),
             ("down_bias", self.down_bias, ffn.down_bias, hidden),
         ] {
-            match (bias, wanted) {
-                (Some(bias), true) => check_len(name, bias.len(), width)?,
-                (None, true) => return Err(Error::missing(name, "the block has this bias")),
-                (Some(_), false) => return Err(Error::unexpected(name, "the block has no such bias")),
-                (None, false) => {}
+            if let Some(bias) = check_presence(name, bias, wanted, why::BLOCK_BIAS)? {
+                check_len(name, bias.len(), width)?;
             }
         }
         Ok(())
@@ -294,24 +288,18 @@ impl<'a, W, S> ExpertWeights<'a, W, S> {
     pub fn check(&self, spec: &ExpertFfn) -> Result<()> {
         let (n, ffn) = (spec.num_local_experts, &spec.ffn);
         let (inter, hidden) = (ffn.intermediate_size, ffn.hidden_size);
-        match (&self.gate, ffn.gated) {
-            (Some(gate), true) => gate.check("gate", [n, inter, hidden])?,
-            (None, true) => return Err(Error::missing("gate", "the block is gated")),
-            (Some(_), false) => return Err(Error::unexpected("gate", "the block is plain")),
-            (None, false) => {}
+        if let Some(gate) = check_presence("gate", self.gate, ffn.gated, why::GATE)? {
+            gate.check("gate", [n, inter, hidden])?;
         }
         self.up.check("up", [n, inter, hidden])?;
         self.down.check("down", [n, hidden, inter])?;
         for (name, bias, wanted, width) in [
-            ("gate_bias", &self.gate_bias, ffn.up_bias && ffn.gated, inter),
-            ("up_bias", &self.up_bias, ffn.up_bias, inter),
-            ("down_bias", &self.down_bias, ffn.down_bias, hidden),
+            ("gate_bias", self.gate_bias, ffn.up_bias && ffn.gated, inter),
+            ("up_bias", self.up_bias, ffn.up_bias, inter),
+            ("down_bias", self.down_bias, ffn.down_bias, hidden),
         ] {
-            match (bias, wanted) {
-                (Some(bias), true) => bias.check(name, [n, width])?,
-                (None, true) => return Err(Error::missing(name, "the block has this bias")),
-                (Some(_), false) => return Err(Error::unexpected(name, "the block has no such bias")),
-                (None, false) => {}
+            if let Some(bias) = check_presence(name, bias, wanted, why::BLOCK_BIAS)? {
+                bias.check(name, [n, width])?;
             }
         }
         Ok(())
@@ -353,26 +341,18 @@ impl<'a, W, S, Q> MoeWeights<'a, W, S, Q> {
             ("router_bias", self.router_bias, spec.router_bias),
             ("selection_bias", self.selection_bias, spec.selection_bias),
         ] {
-            match (bias, wanted) {
-                (Some(bias), true) => check_len(name, bias.len(), experts)?,
-                (None, true) => return Err(Error::missing(name, "the mixture has this bias")),
-                (Some(_), false) => return Err(Error::unexpected(name, "the mixture has no such bias")),
-                (None, false) => {}
+            if let Some(bias) = check_presence(name, bias, wanted, why::MIXTURE_BIAS)? {
+                check_len(name, bias.len(), experts)?;
             }
         }
         self.experts.check(&spec.experts)?;
-        match (&self.shared, &spec.shared) {
-            (Some(shared), Some(block)) => shared.check(&block.ffn)?,
-            (None, Some(_)) => return Err(Error::missing("shared", "the mixture has a shared expert")),
-            (Some(_), None) => return Err(Error::unexpected("shared", "the mixture has no shared expert")),
-            (None, None) => {}
+        let shared = check_presence("shared", self.shared.as_ref(), spec.shared.is_some(), why::SHARED)?;
+        if let (Some(shared), Some(block)) = (shared, &spec.shared) {
+            shared.check(&block.ffn)?;
         }
-        match (&self.shared_gate, spec.shared.is_some_and(|s| s.sigmoid_gate)) {
-            (Some(gate), true) => gate.check("shared_gate", [1, hidden]),
-            (None, true) => Err(Error::missing("shared_gate", "the shared expert has a gate")),
-            (Some(_), false) => Err(Error::unexpected("shared_gate", "the shared expert has no gate")),
-            (None, false) => Ok(()),
-        }
+        let has_gate = spec.shared.is_some_and(|shared| shared.sigmoid_gate);
+        let gate = check_presence("shared_gate", self.shared_gate, has_gate, why::SHARED_GATE)?;
+        gate.map_or(Ok(()), |gate| gate.check("shared_gate", [1, hidden]))
     }
 }
 

@@ -11,7 +11,7 @@ pub use problem::{AttentionProblem, KvShape};
 use crate::cuda::driver::{Driver, Limits, Stream};
 use crate::cuda::memory::{DeviceView, DeviceViewMut, Home, Queue};
 use crate::element::Element;
-use crate::error::{Error, Result, check_len};
+use crate::error::{Error, Result, check_len, check_presence, why};
 use crate::spec::Attention;
 use decode::DecodePlan;
 use prefill::PrefillPlan;
@@ -392,10 +392,8 @@ impl<'a, T: Element> AttentionInput<'a, T> {
             bias.check_broadcast("bias", scores(bias.shape()))?;
             (problem.bias_strides, args.bias) = (Some(bias.broadcast_strides()), Some(bias.ptr()));
         }
-        match (spec.alibi, &self.alibi_slopes) {
-            (true, None) => return Err(Error::missing("alibi_slopes", "the specification has ALiBi")),
-            (false, Some(_)) => return Err(Error::unexpected("alibi_slopes", "the specification has no ALiBi")),
-            (_, slopes) => slopes.map_or(Ok(()), |slopes| slopes.check("alibi_slopes", [spec.num_heads]))?,
+        if let Some(slopes) = check_presence("alibi_slopes", self.alibi_slopes, spec.alibi, why::ALIBI)? {
+            slopes.check("alibi_slopes", [spec.num_heads])?;
         }
         args.alibi_slopes = self.alibi_slopes.map(|x| x.ptr());
         if let Some(positions) = &self.alibi_positions {
@@ -407,19 +405,14 @@ impl<'a, T: Element> AttentionInput<'a, T> {
             problem.alibi_positions_stride = Some(if seqs == 1 { 0 } else { positions.strides()[0] });
             args.alibi_positions = Some(positions.ptr());
         }
-        match (&spec.relative_bias, &self.relative_bias) {
-            (Some(_), None) => return Err(Error::missing("relative_bias", "the specification has a relative bias")),
-            (None, Some(_)) => return Err(Error::unexpected("relative_bias", "the specification has none")),
-            (Some(bias), Some(table)) => {
-                table.check("relative_bias", [bias.num_buckets, spec.num_heads])?;
-                (problem.relative_bias_stride, args.relative_bias) = (table.strides()[0], Some(table.ptr()));
-            }
-            (None, None) => {}
+        let has_table = spec.relative_bias.is_some();
+        let table = check_presence("relative_bias", self.relative_bias, has_table, why::RELATIVE_BIAS)?;
+        if let (Some(table), Some(bias)) = (table, &spec.relative_bias) {
+            table.check("relative_bias", [bias.num_buckets, spec.num_heads])?;
+            (problem.relative_bias_stride, args.relative_bias) = (table.strides()[0], Some(table.ptr()));
         }
-        match (spec.sinks, &self.sinks) {
-            (true, None) => return Err(Error::missing("sinks", "the specification has sinks")),
-            (false, Some(_)) => return Err(Error::unexpected("sinks", "the specification has none")),
-            (_, sinks) => sinks.map_or(Ok(()), |sinks| sinks.check("sinks", [spec.num_heads]))?,
+        if let Some(sinks) = check_presence("sinks", self.sinks, spec.sinks, why::SINKS)? {
+            sinks.check("sinks", [spec.num_heads])?;
         }
         args.sinks = self.sinks.map(|x| x.ptr());
         output.out.check("out", [num_tokens, spec.num_heads, spec.value_dim])?;

@@ -5,7 +5,7 @@ use crate::cuda::driver::{Driver, Limits, Stream};
 use crate::cuda::grouped_gemm::{F32Products, GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
 use crate::cuda::memory::{DeviceView, DeviceViewMut, Home, Parts, Queue};
 use crate::element::{Dtype, Element};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_presence, why};
 use crate::spec::{ExpertFfn, Ffn};
 
 /// Weights of one block.
@@ -115,24 +115,18 @@ impl<'a, T> ExpertWeights<'a, T> {
     pub fn check(&self, spec: &ExpertFfn) -> Result<()> {
         let (n, ffn) = (spec.num_local_experts, &spec.ffn);
         let (inter, hidden) = (ffn.intermediate_size, ffn.hidden_size);
-        match (&self.gate, ffn.gated) {
-            (Some(gate), true) => gate.check("gate", [n, inter, hidden])?,
-            (None, true) => return Err(Error::missing("gate", "the block is gated")),
-            (Some(_), false) => return Err(Error::unexpected("gate", "the block is plain")),
-            (None, false) => {}
+        if let Some(gate) = check_presence("gate", self.gate, ffn.gated, why::GATE)? {
+            gate.check("gate", [n, inter, hidden])?;
         }
         self.up.check("up", [n, inter, hidden])?;
         self.down.check("down", [n, hidden, inter])?;
         for (name, bias, wanted, width) in [
-            ("gate_bias", &self.gate_bias, ffn.up_bias && ffn.gated, inter),
-            ("up_bias", &self.up_bias, ffn.up_bias, inter),
-            ("down_bias", &self.down_bias, ffn.down_bias, hidden),
+            ("gate_bias", self.gate_bias, ffn.up_bias && ffn.gated, inter),
+            ("up_bias", self.up_bias, ffn.up_bias, inter),
+            ("down_bias", self.down_bias, ffn.down_bias, hidden),
         ] {
-            match (bias, wanted) {
-                (Some(bias), true) => bias.check(name, [n, width])?,
-                (None, true) => return Err(Error::missing(name, "the block has this bias")),
-                (Some(_), false) => return Err(Error::unexpected(name, "the block has no such bias")),
-                (None, false) => {}
+            if let Some(bias) = check_presence(name, bias, wanted, why::BLOCK_BIAS)? {
+                bias.check(name, [n, width])?;
             }
         }
         Ok(())
@@ -257,11 +251,7 @@ impl FfnArgs {
     fn check(&self, biases: [bool; 3]) -> Result<()> {
         let found = [("gate_bias", self.gate_bias), ("up_bias", self.up_bias), ("down_bias", self.down_bias)];
         for ((name, bias), wanted) in found.into_iter().zip(biases) {
-            match (bias, wanted) {
-                (None, true) => return Err(Error::missing(name, "the block has this bias")),
-                (Some(_), false) => return Err(Error::unexpected(name, "the block has no such bias")),
-                _ => {}
-            }
+            check_presence(name, bias, wanted, why::BLOCK_BIAS)?;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use crate::cuda::memory::{DeviceView, DeviceViewMut, Home, Parts, Queue};
 use crate::cuda::route::{Route, RouteArgs, RouteOutput, RoutePlan};
 use crate::cuda::router_logits::{RouterLogits, RouterLogitsArgs, RouterLogitsPlan};
 use crate::element::{Dtype, Element};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_presence, why};
 use crate::spec::{ExpertFfn, Moe};
 
 /// Weights of a mixture of experts. The router's may be of another type than the experts'.
@@ -46,26 +46,18 @@ impl<'a, T, Q> MoeWeights<'a, T, Q> {
             ("router_bias", self.router_bias, spec.router_bias),
             ("selection_bias", self.selection_bias, spec.selection_bias),
         ] {
-            match (bias, wanted) {
-                (Some(bias), true) => bias.check(name, [experts])?,
-                (None, true) => return Err(Error::missing(name, "the mixture has this bias")),
-                (Some(_), false) => return Err(Error::unexpected(name, "the mixture has no such bias")),
-                (None, false) => {}
+            if let Some(bias) = check_presence(name, bias, wanted, why::MIXTURE_BIAS)? {
+                bias.check(name, [experts])?;
             }
         }
         self.experts.check(&spec.experts)?;
-        match (&self.shared, &spec.shared) {
-            (Some(shared), Some(block)) => shared.as_expert().check(&ExpertFfn::new(1, block.ffn))?,
-            (None, Some(_)) => return Err(Error::missing("shared", "the mixture has a shared expert")),
-            (Some(_), None) => return Err(Error::unexpected("shared", "the mixture has no shared expert")),
-            (None, None) => {}
+        let shared = check_presence("shared", self.shared.as_ref(), spec.shared.is_some(), why::SHARED)?;
+        if let (Some(shared), Some(block)) = (shared, &spec.shared) {
+            shared.as_expert().check(&ExpertFfn::new(1, block.ffn))?;
         }
-        match (&self.shared_gate, spec.shared.is_some_and(|s| s.sigmoid_gate)) {
-            (Some(gate), true) => gate.check("shared_gate", [1, hidden]),
-            (None, true) => Err(Error::missing("shared_gate", "the shared expert has a gate")),
-            (Some(_), false) => Err(Error::unexpected("shared_gate", "the shared expert has no gate")),
-            (None, false) => Ok(()),
-        }
+        let has_gate = spec.shared.is_some_and(|shared| shared.sigmoid_gate);
+        let gate = check_presence("shared_gate", self.shared_gate, has_gate, why::SHARED_GATE)?;
+        gate.map_or(Ok(()), |gate| gate.check("shared_gate", [1, hidden]))
     }
 
     fn homes(&self) -> [Home; 4] {
@@ -513,11 +505,7 @@ impl MoePlan {
             ("shared", args.shared.is_some(), shared.is_some()),
             ("shared_gate", args.shared_gate.is_some(), shared.is_some_and(|shared| shared.gate.is_some())),
         ] {
-            match (given, wanted) {
-                (false, true) => return Err(Error::missing(name, "the plan has it")),
-                (true, false) => return Err(Error::unexpected(name, "the plan has none")),
-                _ => {}
-            }
+            check_presence(name, given.then_some(()), wanted, why::PLAN)?;
         }
         if self.offsets.bytes > 0 && (args.workspace == 0 || !args.workspace.is_multiple_of(256)) {
             let found = format_args!("{:#x}", args.workspace);

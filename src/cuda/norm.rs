@@ -5,7 +5,7 @@ use crate::cuda::kernels::norm as kernels;
 use crate::cuda::memory::{DeviceView, DeviceViewMut, Queue};
 use crate::cuda::rows::{Rows, Twins, check_output_stride, check_sizes, stride_bytes, strides_aligned};
 use crate::element::{Dtype, Element};
-use crate::error::{Error, Result, check_len};
+use crate::error::{Error, Result, check_len, check_presence, why};
 use crate::spec::{Norm, NormKind};
 use crate::view::check_disjoint;
 
@@ -239,11 +239,7 @@ impl NormPlan {
         if num_rows == 0 {
             return Ok(());
         }
-        match (args.bias, self.bias) {
-            (None, true) => return Err(Error::missing("bias", "the norm has one")),
-            (Some(_), false) => return Err(Error::unexpected("bias", "the norm has none")),
-            _ => {}
-        }
+        check_presence("bias", args.bias, self.bias, why::NORM_BIAS)?;
         if args.residual.is_some() && outer * middle != 1 {
             return Err(Error::unsupported("cuda", "a residual with rows in more than one dimension"));
         }
@@ -355,11 +351,7 @@ pub fn norm<T: Element, const N: usize>(
             vector.check(name, [width])?;
         }
     }
-    match (bias, spec.bias) {
-        (None, true) => return Err(Error::missing("bias", "the norm has one")),
-        (Some(_), false) => return Err(Error::unexpected("bias", "the norm has none")),
-        _ => {}
-    }
+    check_presence("bias", bias, spec.bias, why::NORM_BIAS)?;
     out.check("out", shape)?;
     if shape.contains(&0) {
         return Ok(());

@@ -9,7 +9,7 @@ use crate::cuda::kernels::{Kernel, route_clear};
 use crate::cuda::memory::Parts;
 use crate::cuda::rows::{Rows, stride_bytes};
 use crate::element::Dtype;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_presence, why};
 
 /// [`Route`] with its kernels, their grids and the workspace. Pure data.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -156,11 +156,7 @@ impl RoutePlan {
             ("aux_loss", args.aux_loss.is_some(), self.aux_loss),
             ("z_loss", args.z_loss.is_some(), self.z_loss),
         ] {
-            match (given, wanted) {
-                (true, false) => return Err(Error::unexpected(name, "the plan has none")),
-                (false, true) => return Err(Error::missing(name, "the plan has it")),
-                _ => {}
-            }
+            check_presence(name, given.then_some(()), wanted, why::PLAN)?;
         }
         if self.workspace_bytes > 0 && (args.workspace == 0 || !args.workspace.is_multiple_of(256)) {
             let found = format_args!("{:#x}", args.workspace);
