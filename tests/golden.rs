@@ -1,6 +1,5 @@
 //! The files of `tests/golden` through the reference and every CPU level in every type, through the CUDA backend in the
-//! simulator, and the same files under other names with their tensors in another order. Only gradients may be unsupported, and
-//! on a device what [`NOT_ON_DEVICES`] names.
+//! simulator, and the same files under other names with their tensors in another order. Only gradients may be unsupported.
 
 #![cfg(feature = "serde")]
 
@@ -24,13 +23,9 @@ fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
 }
 
-/// What the CUDA backend does not have.
-const NOT_ON_DEVICES: [&str; 1] = ["a cache of keys or of values of width 0"];
-
 /// Every section of every file; gives the number of sections that are right.
 fn check(files: &[PathBuf], runner: Runner<'_>, dtype: Dtype) -> usize {
     let (mut ok, mut failures) = (0, Vec::new());
-    let on_device = matches!(runner, Runner::Device(..));
     for path in files {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let case = Case::read(path).unwrap_or_else(|what| panic!("{name}: {what}"));
@@ -39,8 +34,6 @@ fn check(files: &[PathBuf], runner: Runner<'_>, dtype: Dtype) -> usize {
                 match outcome {
                     Outcome::Ok { .. } => ok += 1,
                     Outcome::Unsupported { .. } if section.starts_with("grad_") => {}
-                    Outcome::Unsupported { why }
-                        if on_device && NOT_ON_DEVICES.iter().any(|case| why.ends_with(case)) => {}
                     other => failures.push(format!("{name} {section} {used} {dtype}: {other:?}")),
                 }
             }

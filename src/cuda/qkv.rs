@@ -414,11 +414,11 @@ pub fn rope<T: Element>(
 /// other rows stay as they are. A new row without room, or on a page that does not exist, is not written; if two sequences name
 /// the same row of the same page, either may win.
 ///
-/// * `k`, `v`: `[num_tokens, num_kv_heads, width]`; the cache: [`KvCacheMut`]
+/// * `k`, `v`: `[num_tokens, num_kv_heads, width]`; the cache: [`KvCacheMut`]. Values may have width 0, as those of a latent cache
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::Stride`], [`Error::Len`]; those of [`QkvPlan::new`] and [`QkvPlan::launch`]. Nothing is written
-/// then.
+/// [`Error::Shape`], [`Error::Stride`], [`Error::Len`]; those of [`QkvPlan::new`] and [`QkvPlan::launch`];
+/// [`Error::Unsupported`] for keys of width 0 beside values. Nothing is written then.
 pub fn kv_append<T: Element>(queue: &mut Queue<'_>, input: &KvCache<'_, T>, cache: KvCacheMut<'_, T>) -> Result<()> {
     let sums = input.cu_seqlens.and_then(|view| view.home());
     queue.check_homes(&[input.k.home(), input.v.home(), sums, input.kv_lens.home()])?;
@@ -436,11 +436,14 @@ pub fn kv_append<T: Element>(queue: &mut Queue<'_>, input: &KvCache<'_, T>, cach
     problem.arrays = QkvArrays::KeyValue;
     (problem.k_strides, problem.v_strides) = (leading(&input.k), leading(&input.v));
     cache.enter([num_seqs, heads, head_dim, value_dim], input.cu_seqlens.is_some(), &mut problem, &mut args)?;
-    if heads == 0 || head_dim == 0 || value_dim == 0 {
-        if heads == 0 || head_dim == value_dim {
-            return Ok(());
-        }
-        return Err(Error::unsupported("cuda", "a cache of keys or of values of width 0"));
+    if heads == 0 || head_dim == 0 && value_dim == 0 {
+        return Ok(());
+    }
+    if head_dim == 0 {
+        return Err(Error::unsupported("cuda", format!("a cache of keys of width 0 and values of width {value_dim}")));
+    }
+    if value_dim == 0 {
+        problem.arrays = QkvArrays::Key;
     }
     // SAFETY: the views hold memory of these shapes and strides, checked above, on the queue's device and in its order.
     unsafe { QkvPlan::new(&problem)?.launch(queue.driver(), &args, queue.stream()) }

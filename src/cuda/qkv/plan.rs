@@ -19,6 +19,8 @@ pub enum QkvArrays {
     Query,
     /// Keys and values: an append by itself.
     KeyValue,
+    /// Keys: an append to a cache that has no values, as that of latent attention.
+    Key,
 }
 
 /// A KV cache that takes the keys and values of a call: row `i` of sequence `s` goes to its row `kv_lens[s] + i`.
@@ -218,7 +220,12 @@ impl QkvPlan {
             single if single.is_finite() => Ok(single.to_bits()),
             _ => Err(Error::value(name, "a finite number in f32", value)),
         };
-        let (has_query, has_keys) = (*arrays != QkvArrays::KeyValue, *arrays != QkvArrays::Query);
+        let [has_query, has_keys, has_values] = match arrays {
+            QkvArrays::All => [true; 3],
+            QkvArrays::Query => [true, false, false],
+            QkvArrays::KeyValue => [false, true, true],
+            QkvArrays::Key => [false, true, false],
+        };
         let rotary_half = spec.rope.as_ref().map_or(0, |rope| rope.rotary_dim / 2);
         let style = match spec.rope.as_ref().map_or(RopeStyle::Half, |rope| rope.style) {
             RopeStyle::Half => 0,
@@ -251,7 +258,7 @@ impl QkvPlan {
         // Lanes of a head: enough for its vectors in pairs, at most a warp.
         let vec = aligned.vec as usize;
         let units = |width: usize, half: usize| half.div_ceil(vec) + (width - 2 * half).div_ceil(2 * vec);
-        let units = units(spec.head_dim, rotary_half).max(if has_keys { units(spec.value_dim, 0) } else { 0 });
+        let units = units(spec.head_dim, rotary_half).max(if has_values { units(spec.value_dim, 0) } else { 0 });
         let lanes = units.min(32).next_power_of_two();
         let layout = |i: usize, present: bool, heads, width, strides: [usize; 2], out: [usize; 3]| -> Result<Array> {
             let [name, out_name] = NAMES[i];
@@ -287,13 +294,13 @@ impl QkvPlan {
         let arrays = [
             layout(0, has_query, q_heads, dim, problem.q_strides, [0, a, b])?,
             layout(1, has_keys, kv_heads, dim, problem.k_strides, problem.k_out_strides)?,
-            layout(2, has_keys, kv_heads, spec.value_dim, problem.v_strides, problem.v_out_strides)?,
+            layout(2, has_values, kv_heads, spec.value_dim, problem.v_strides, problem.v_out_strides)?,
         ];
         let table = |name, stride| strides_bytes(name, Dtype::F32, [num_positions.max(1)], [stride]);
         let [cos_stride] = if rotary_half > 0 { table("cos", problem.cos_stride)? } else { [0] };
         let [sin_stride] = if rotary_half > 0 { table("sin", problem.sin_stride)? } else { [0] };
         let widths_align = [dim, rotary_half].iter().all(|width| width.is_multiple_of(vec))
-            && (!has_keys || spec.value_dim.is_multiple_of(vec));
+            && (!has_values || spec.value_dim.is_multiple_of(vec));
         let can_align = widths_align
             && arrays.iter().all(|a| strides_aligned(0, &a.strides) && strides_aligned(0, &a.out_strides))
             && strides_aligned(0, &[cos_stride, sin_stride]);
