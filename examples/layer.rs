@@ -1,6 +1,7 @@
 //! One full transformer layer of a real model's shape on the best device found: norm, projections, RoPE, attention with a KV
 //! cache, router, experts, combine; a prompt first, then token by token. Checked against the reference and set against the
-//! machine's limits, measured at the start.
+//! machine's limits, measured at the start. On a GPU everything stays in its memory, and the step is a recorded graph, too
+//! (`support/resident`).
 //!
 //! ```text
 //! cargo run --release --example layer
@@ -12,7 +13,8 @@ mod support;
 
 use clap::{Parser, ValueEnum};
 use gatefold::cpu::{Cpu, Float, Level};
-use gatefold::cuda::driver::Driver;
+use gatefold::cuda::Stream;
+use gatefold::cuda::driver::Recorder;
 use gatefold::spec::{AttentionBlock, HfConfig, Layer, Mlp};
 use gatefold::{Dtype, Element};
 use half::{bf16, f16};
@@ -28,6 +30,7 @@ use support::cpu::CpuBackend;
 use support::device::DeviceBackend;
 use support::layer::{Cache, LayerWeights, Options as Run, PackedLayer, Rows, Stage, Trace, run};
 use support::random::{Maker, num_weights};
+use support::resident::{Clock, DeviceLayer};
 use support::roof::{Roof, last_level_cache};
 use support::verify::{Checked, Subject, verify};
 
@@ -50,6 +53,9 @@ enum Device {
     Auto,
     Cpu,
     Cuda,
+    /// The tests' simulator, which runs the kernels' own text: for small shapes.
+    #[cfg(gatefold_simulator)]
+    Simulator,
 }
 
 /// Runs one transformer layer of a real model's shape.
@@ -123,12 +129,18 @@ fn start(options: &Options) -> Result<bool, String> {
     }
 }
 
-/// A GPU and its limits, where they are known by its name.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))] // never made there
+/// A device that is not the CPU.
+#[cfg_attr(not(any(feature = "cuda", gatefold_simulator)), allow(dead_code))] // never made there
 struct Gpu {
-    driver: Box<dyn Driver>,
+    device: &'static dyn Recorder,
+    /// Of the backend, as checks know it.
+    backend: &'static str,
     name: String,
+    /// Its limits, where they are known by its name.
     roof: Option<Roof>,
+    /// A stream of the device, and the time that work on it takes.
+    stream: Stream,
+    clock: Box<Clock<'static>>,
 }
 
 /// The GPU to compute on: the first one, unless the CPU is asked for, or there is none and nobody insists.
@@ -136,13 +148,13 @@ fn gpu(wanted: Device) -> Result<Option<Gpu>, String> {
     if wanted == Device::Cpu {
         return Ok(None);
     }
+    #[cfg(gatefold_simulator)]
+    if wanted == Device::Simulator {
+        return simulator().map(Some).map_err(|e| e.to_string());
+    }
     #[cfg(feature = "cuda")]
     match gatefold::cuda::Device::open(0) {
-        Ok(device) => {
-            let name = device.name().to_owned();
-            let roof = Roof::of_gpu(&name);
-            return Ok(Some(Gpu { driver: Box::new(device), name, roof }));
-        }
+        Ok(device) => return cuda(device).map(Some).map_err(|e| e.to_string()),
         Err(error) if wanted == Device::Cuda => return Err(error.to_string()),
         Err(_) => {}
     }
@@ -152,13 +164,33 @@ fn gpu(wanted: Device) -> Result<Option<Gpu>, String> {
     Ok(None)
 }
 
+#[cfg(feature = "cuda")]
+fn cuda(device: gatefold::cuda::Device) -> gatefold::Result<Gpu> {
+    let device = &*Box::leak(Box::new(device)); // for the whole run
+    let (name, stream) = (device.name().to_owned(), device.create_stream()?);
+    let clock = support::clock::ColdClock::new(device)?;
+    let clock: Box<Clock<'static>> = Box::new(move |work| clock.time(stream, work));
+    Ok(Gpu { device, backend: "cuda", roof: Roof::of_gpu(&name), name, stream, clock })
+}
+
+#[cfg(gatefold_simulator)]
+fn simulator() -> gatefold::Result<Gpu> {
+    let device = &*Box::leak(Box::new(support::simulator::Simulator::new(false)));
+    let clock: Box<Clock<'static>> = Box::new(|work| {
+        let start = Instant::now();
+        work().map(|()| start.elapsed())
+    });
+    let stream = device.create_stream()?;
+    Ok(Gpu { device, backend: "simulator", name: "of the tests".into(), roof: None, stream, clock })
+}
+
 fn start_with<T: Float>(options: &Options, level: Level, gpu: Option<&Gpu>) -> Result<bool, String> {
     match (&options.checkpoint, gpu) {
         (Some(directory), None) => {
             checkpoint(options, directory, &mut CpuBackend::<T>::new(Cpu::with_level(level)), "cpu ")
         }
         (Some(directory), Some(gpu)) => {
-            checkpoint(options, directory, &mut DeviceBackend::<T>::new(&*gpu.driver, "cuda"), "")
+            checkpoint(options, directory, &mut DeviceBackend::<T>::new(gpu.device, gpu.backend), "")
         }
         (None, _) => random_layer::<T>(options, level, gpu),
     }
@@ -283,6 +315,8 @@ struct Kept<T> {
 struct Measured<T> {
     prefill: Vec<Stage>,
     decode: Vec<Stage>,
+    /// The whole step as one graph: of the prompt, of one token.
+    graphs: Option<[Duration; 2]>,
     kept: Vec<Kept<T>>,
     max_positions: usize,
 }
@@ -324,7 +358,7 @@ fn random_layer<T: Float>(options: &Options, level: Level, gpu: Option<&Gpu>) ->
     progress.finish_and_clear();
     let work = Work { options, layer: &layer, weights: &weights, total, steps };
     let (measured, stores_as) = match gpu {
-        Some(gpu) => (work.run(DeviceBackend::<T>::new(&*gpu.driver, "cuda"))?, "cuda"),
+        Some(gpu) => (work.run_on(gpu)?, gpu.backend),
         None => (work.run(CpuBackend::<T>::new(Cpu::with_level(level)))?, level.name()),
     };
     // Other load may have come or gone.
@@ -352,11 +386,12 @@ fn random_layer<T: Float>(options: &Options, level: Level, gpu: Option<&Gpu>) ->
         layer: &layer,
         encoder,
         dtype: T::DTYPE,
-        used: gpu.map_or(format!("cpu {}", level.name()), |gpu| format!("cuda {}, copies included", gpu.name)),
+        used: gpu.map_or(format!("cpu {}", level.name()), |gpu| format!("{} {}", gpu.backend, gpu.name)),
         roof,
         elements,
         prefill: &measured.prefill,
         decode: &measured.decode,
+        graphs: measured.graphs,
         checks: &checks,
         histogram: &histogram,
         seconds: began.elapsed().as_secs_f64(),
@@ -385,6 +420,17 @@ impl<T: Float> Work<'_, T> {
         let packed = PackedLayer::pack(&mut b, self.layer, self.weights, self.total).map_err(|e| e.to_string())?;
         progress.finish_and_clear();
         measure(self.options, &mut b, &packed, self.steps).map_err(|e| e.to_string())
+    }
+
+    fn run_on(&self, gpu: &Gpu) -> Result<Measured<T>, String> {
+        let progress = bar(1, "copying weights");
+        progress.tick();
+        let (layer, weights, tokens) = (self.layer, self.weights, self.options.tokens);
+        // SAFETY: the stream is the device's, and both last to the end of the run.
+        let layer = unsafe { DeviceLayer::new(gpu.device, gpu.stream, layer, weights, tokens, self.total) };
+        let mut layer = layer.map_err(|e| e.to_string())?;
+        progress.finish_and_clear();
+        measure_on(gpu, self.options, self.layer, &mut layer, self.steps).map_err(|e| e.to_string())
     }
 }
 
@@ -436,7 +482,69 @@ fn measure<T: Float, B: Backend<A = T, S = f32>>(
         }
     }
     let decode = if runs.is_empty() { Vec::new() } else { medians(&runs) };
-    Ok(Measured { prefill, decode, kept, max_positions: tokens + steps })
+    Ok(Measured { prefill, decode, graphs: None, kept, max_positions: tokens + steps })
+}
+
+/// [`measure`] on a device: each part of a step by itself, then the whole step as a graph.
+fn measure_on<T: Float>(
+    gpu: &Gpu,
+    options: &Options,
+    spec: &Layer,
+    layer: &mut DeviceLayer<'_, T>,
+    steps: usize,
+) -> gatefold::Result<Measured<T>> {
+    let (hidden, tokens) = (spec.hidden_size, options.tokens);
+    let silent = |_: usize| {};
+    let mut maker = Maker::new(options.seed ^ 0x5eed, &silent);
+    // SAFETY: the recording is of this layer, whose arrays are alive; nothing else runs on the stream.
+    let replay = |recording| (gpu.clock)(&mut || unsafe { gpu.device.replay(recording, gpu.stream) });
+    let keep = |layer: &mut DeviceLayer<'_, T>, before: Cache<T>, n: usize, absorbed: bool| {
+        let (trace, after) = (layer.trace()?, layer.cache()?);
+        let rows = Rows::equal(1, n, before.lens[0] as usize);
+        gatefold::Result::Ok(Kept { trace, rows, before, after, absorbed })
+    };
+    let middle = |mut times: Vec<Duration>| {
+        times.sort_unstable();
+        times.get(times.len() / 2).copied().unwrap_or_default()
+    };
+
+    let (prompt, repeats) = (maker.array(&[tokens, hidden], 1.0), if gpu.backend == "cuda" { REPEATS } else { 1 });
+    layer.begin(&prompt, 0, false)?;
+    let before = layer.cache_of_len(0)?;
+    layer.step()?; // loads the kernels, makes the workspace
+    let runs: gatefold::Result<Vec<_>> = (0..repeats).map(|_| layer.timed(&gpu.clock)).collect();
+    let prefill = medians(&runs?);
+    let recording = layer.record(gpu.device)?;
+    let times: gatefold::Result<Vec<_>> = (0..repeats).map(|_| replay(recording)).collect();
+    let whole_prompt = middle(times?);
+    // SAFETY: what was replayed has ended: its time was taken.
+    unsafe { gpu.device.forget(recording)? };
+    let mut kept = vec![keep(layer, before, tokens, false)?];
+
+    let (mut runs, mut times, mut recording) = (Vec::new(), Vec::new(), None);
+    // Decoding reads the latent cache as it is.
+    let absorbed = matches!(spec.attention, AttentionBlock::Mla(_));
+    for step in 0..steps {
+        let before = if step + 1 == steps { Some(layer.cache()?) } else { None };
+        layer.begin(&maker.array(&[1, hidden], 1.0), tokens + step, absorbed)?;
+        if recording.is_none() {
+            layer.step()?;
+            recording = Some(layer.record(gpu.device)?); // serves all tokens that follow
+        }
+        // The same rows again and again: the step reads none of those that it writes.
+        runs.push(layer.timed(&gpu.clock)?);
+        times.extend(recording.map(replay).transpose()?);
+        if let Some(before) = before {
+            kept.push(keep(layer, before, 1, absorbed)?);
+        }
+    }
+    if let Some(recording) = recording {
+        // SAFETY: as above.
+        unsafe { gpu.device.forget(recording)? };
+    }
+    let decode = if runs.is_empty() { Vec::new() } else { medians(&runs) };
+    let graphs = Some([whole_prompt, middle(times)]);
+    Ok(Measured { prefill, decode, graphs, kept, max_positions: tokens + steps })
 }
 
 fn tokens_per_expert(layer: &Layer, ids: &Array<i32>) -> Vec<usize> {
@@ -461,6 +569,7 @@ struct Report<'a> {
     elements: usize,
     prefill: &'a [Stage],
     decode: &'a [Stage],
+    graphs: Option<[Duration; 2]>,
     checks: &'a [Vec<Checked>],
     histogram: &'a [usize],
     seconds: f64,
@@ -487,19 +596,26 @@ impl Report<'_> {
             self.elements as f64 / 1e6,
             self.dtype
         );
-        println!(
-            "{}, {} threads; measured limits: {:.0} GFLOP/s ({}), {:.1} GB/s\n",
-            self.used,
-            rayon::current_num_threads(),
-            self.roof.flops / 1e9,
-            if self.used.ends_with("bf16") && self.dtype == Dtype::BF16 { "bf16 pairs" } else { "f32 multiply-add" },
-            self.roof.bytes / 1e9
-        );
-        self.table(&format!("Prompt of {} tokens", self.options.tokens), self.prefill);
+        let (gflops, gigabytes) = (self.roof.flops / 1e9, self.roof.bytes / 1e9);
+        if self.graphs.is_none() {
+            let threads = rayon::current_num_threads();
+            let pairs = self.used.ends_with("bf16") && self.dtype == Dtype::BF16;
+            let what = if pairs { "bf16 pairs" } else { "f32 multiply-add" };
+            println!(
+                "{}, {threads} threads; measured limits: {gflops:.0} GFLOP/s ({what}), {gigabytes:.1} GB/s\n",
+                self.used
+            );
+        } else if gflops.is_nan() {
+            println!("{}; its limits are not known\n", self.used);
+        } else {
+            println!("{}; published limits: {gflops:.0} GFLOP/s (bf16), {gigabytes:.0} GB/s\n", self.used);
+        }
+        let [prompt, token] = self.graphs.map_or([None; 2], |times| times.map(Some));
+        self.table(&format!("Prompt of {} tokens", self.options.tokens), self.prefill, prompt);
         if self.encoder {
             println!("An encoder layer has no cache: nothing to decode.\n");
         } else if !self.decode.is_empty() {
-            self.table(&format!("One token after it (median of {})", self.options.decode), self.decode);
+            self.table(&format!("One token after it (median of {})", self.options.decode), self.decode, token);
         }
         if !self.histogram.is_empty() {
             self.print_histogram();
@@ -526,11 +642,11 @@ impl Report<'_> {
         );
     }
 
-    fn table(&self, title: &str, stages: &[Stage]) {
+    fn table(&self, title: &str, stages: &[Stage], graph: Option<Duration>) {
         println!("{title}");
         println!("  {:16} {:38} {:>10} {:>14} {:>7}  used", "stage", "shape", "time", "rate", "of roof");
         let (mut total, mut limit) = (0.0, 0.0);
-        let cache = last_level_cache();
+        let cache = if graph.is_some() { None } else { last_level_cache() }; // a GPU's is cold before each stage
         let mut is_cached = false;
         for stage in stages {
             let seconds = stage.time.as_secs_f64();
@@ -561,8 +677,15 @@ impl Report<'_> {
                 self.used
             );
         }
-        let all = Duration::from_secs_f64(total);
-        println!("  {:16} {:38} {:>10} {:>14} {:>5.0} %", "layer", "", time(all), "", 100.0 * limit / total);
+        let sum = |name: &str, all: Duration| {
+            let share = 100.0 * limit / all.as_secs_f64();
+            let share = if share.is_nan() { "-".into() } else { format!("{share:.0} %") };
+            println!("  {name:16} {:38} {:>10} {:>14} {share:>7}", "", time(all), "");
+        };
+        sum("layer", Duration::from_secs_f64(total));
+        if let Some(all) = graph {
+            sum("layer, one graph", all);
+        }
         if let (true, Some(cache)) = (is_cached, cache) {
             let mib = cache / f64::from(1 << 20);
             println!(
@@ -609,7 +732,8 @@ impl Report<'_> {
             "model": self.options.model, "layer": self.number, "dtype": self.dtype.name(), "used": self.used,
             "threads": rayon::current_num_threads(), "tokens": self.options.tokens, "weights": self.elements,
             "roof": { "gflop_per_s": self.roof.flops / 1e9, "gb_per_s": self.roof.bytes / 1e9 },
-            "prefill": stages(self.prefill), "decode": stages(self.decode), "tokens_per_expert": self.histogram,
+            "prefill": stages(self.prefill), "decode": stages(self.decode),
+            "graph_us": self.graphs.map(|times| times.map(|time| time.as_secs_f64() * 1e6)), "tokens_per_expert": self.histogram,
             "checks": checks, "seconds": self.seconds,
         })
     }

@@ -1,12 +1,13 @@
 //! What a case is, arrays on the device, and the clock.
 
 use crate::support::array::Array;
+use crate::support::clock::ColdClock;
 use crate::support::folder::Folder;
 use crate::support::measure::near;
 use crate::support::random::Maker;
 use gatefold::cuda::driver::Buffer;
-use gatefold::cuda::{Device, DeviceView, DeviceViewMut, NormArgs, NormPlan, NormProblem, Stream};
-use gatefold::spec::{HfConfig, Layer, Mlp, Moe, Norm};
+use gatefold::cuda::{Device, DeviceView, DeviceViewMut, Stream};
+use gatefold::spec::{HfConfig, Layer, Mlp, Moe};
 use gatefold::{Dtype, Element, Result};
 
 /// A call on prepared arrays.
@@ -72,35 +73,17 @@ impl<T: bytemuck::Pod> Twin<T> {
     }
 }
 
-/// Larger than five L2 caches of an H200, as rows of a norm.
-const FLUSH: [usize; 2] = [8192, 16384];
-
 /// Times calls with a cold L2 cache.
-pub struct Timer {
-    device: &'static Device,
-    other: Buffer<'static>,
-    flush: NormPlan,
-}
+pub struct Timer(ColdClock);
 
 impl Timer {
     pub fn new(device: &'static Device) -> Result<Timer> {
-        let other = Buffer::from_slice(device, &vec![half::bf16::ONE; FLUSH[0] * FLUSH[1]])?;
-        let flush = NormPlan::new(&NormProblem::new(Norm::rms(1e-6), Dtype::BF16, FLUSH[0], FLUSH[1]))?;
-        flush.warmup(device)?;
-        Ok(Timer { device, other, flush })
+        ColdClock::new(device).map(Timer)
     }
 
     /// Seconds of each of so many calls.
     pub fn seconds(&self, job: &mut dyn Job, calls: usize) -> Result<Vec<f64>> {
-        let args = NormArgs::new(self.other.ptr(), self.other.ptr());
-        (0..calls)
-            .map(|_| {
-                // SAFETY: `other` holds the rows of the plan, and only this uses it.
-                unsafe { self.flush.launch(self.device, &args, Stream::LEGACY)? };
-                // SAFETY: the default stream belongs to every device.
-                unsafe { self.device.time_us(Stream::LEGACY, || job.call()) }.map(|us| us / 1e6)
-            })
-            .collect()
+        (0..calls).map(|_| self.0.time(Stream::LEGACY, || job.call()).map(|time| time.as_secs_f64())).collect()
     }
 }
 

@@ -7,7 +7,7 @@ use gatefold::args::{
     RouteInput, RouteOutput, Routing,
 };
 use gatefold::cpu::Float;
-use gatefold::spec::{Attention, AttentionBlock, GqaBlock, Layer, MlaBlock, Mlp, Moe, Norm, Rope};
+use gatefold::spec::{Attention, AttentionBlock, Ffn, GqaBlock, Layer, MlaBlock, Mlp, Moe, Norm, Rope};
 use gatefold::{Element, Error, Result, View, ViewMut};
 use std::time::{Duration, Instant};
 
@@ -360,10 +360,10 @@ impl Clock {
 }
 
 /// What a stage has to do: FLOPs (a multiply-add is two) and bytes that must be read or written once.
-struct Cost {
-    shape: String,
-    flops: f64,
-    bytes: f64,
+pub struct Cost {
+    pub shape: String,
+    pub flops: f64,
+    pub bytes: f64,
 }
 
 fn size<A: Element>(elements: usize) -> f64 {
@@ -371,14 +371,79 @@ fn size<A: Element>(elements: usize) -> f64 {
 }
 
 /// Rows of activations in and out, nothing to multiply.
-fn rows_cost<A: Element>(rows: usize, width: usize, times: usize) -> Cost {
+pub fn rows_cost<A: Element>(rows: usize, width: usize, times: usize) -> Cost {
     Cost { shape: format!("{rows} x {width}"), flops: 0.0, bytes: size::<A>(times * rows * width) }
 }
 
 /// A product with weights of `outs x ins`.
-fn product_cost<A: Element>(rows: usize, ins: usize, outs: usize) -> Cost {
+pub fn product_cost<A: Element>(rows: usize, ins: usize, outs: usize) -> Cost {
     let shape = format!("{rows} x {ins} -> {outs}");
     Cost { shape, flops: 2.0 * (rows * outs * ins) as f64, bytes: size::<A>(outs * ins + rows * (ins + outs)) }
+}
+
+/// A feed-forward block.
+pub fn block_cost<A: Element>(ffn: &Ffn, n: usize) -> Cost {
+    let shape = format!("{n} x {} x {}", ffn.hidden_size, ffn.intermediate_size);
+    Cost { shape, flops: 2.0 * (n * block_size(ffn)) as f64, bytes: size::<A>(block_size(ffn)) }
+}
+
+/// Weights of a block.
+fn block_size(ffn: &Ffn) -> usize {
+    ffn.hidden_size * ffn.intermediate_size * if ffn.gated { 3 } else { 2 }
+}
+
+/// Experts and shared expert. Weights are read once per expert that has a token.
+pub fn experts_cost<A: Element>(moe: &Moe, n: usize, ids: &Array<i32>) -> Cost {
+    let ffn = &moe.experts.ffn;
+    let mut touched = vec![false; moe.router.num_experts];
+    let mut assignments = 0;
+    for id in ids.data.iter().filter(|id| **id >= 0) {
+        touched[*id as usize] = true;
+        assignments += 1;
+    }
+    let (block, shared) = (block_size(ffn), moe.shared.map_or(0, |s| block_size(&s.ffn)));
+    let experts = touched.iter().filter(|t| **t).count();
+    Cost {
+        shape: format!("{assignments} x {} x {}, {experts} experts", ffn.hidden_size, ffn.intermediate_size),
+        flops: 2.0 * (assignments * block + n * shared) as f64,
+        bytes: size::<A>(experts * block + shared),
+    }
+}
+
+/// Attention of rows that begin at `starts` to a cache with `lens` rows from position `k_start` on; more sequences than the
+/// cache has share its first one.
+pub fn attention_cost<A: Element>(
+    spec: &Layer,
+    cu_seqlens: &[u32],
+    lens: &[u32],
+    k_start: &[i64],
+    starts: &[i64],
+    absorbed: bool,
+) -> Cost {
+    let mut a = spec.attention().clone();
+    if let (AttentionBlock::Mla(block), true) = (&spec.attention, absorbed) {
+        a = block.mla.absorbed(&block.attention);
+    }
+    // Visible pairs of a query and a key.
+    let mut pairs = 0.0;
+    for (seq, start) in starts.iter().enumerate() {
+        let of = seq.min(lens.len() - 1);
+        for i in 0..cu_seqlens[seq + 1] - cu_seqlens[seq] {
+            let visible = a.mask.visible_range(start + i64::from(i));
+            let end = visible.end.min(k_start[of] + i64::from(lens[of]));
+            pairs += (end - visible.start.max(k_start[of])).max(0) as f64;
+        }
+    }
+    let keys = lens.iter().sum::<u32>() as usize;
+    let width = a.head_dim + a.value_dim;
+    let kv_width = if absorbed { a.head_dim } else { width };
+    let n = cu_seqlens[starts.len()] as usize;
+    let form = if absorbed { ", absorbed" } else { "" };
+    Cost {
+        shape: format!("{n} x {} heads, {keys} keys{form}", a.num_heads),
+        flops: 2.0 * pairs * (a.num_heads * width) as f64,
+        bytes: size::<A>(keys * a.num_kv_heads * kv_width + n * a.num_heads * width),
+    }
 }
 
 fn project<B: Backend>(b: &mut B, p: &Packed<'_, B>, x: &Array<B::A>) -> Result<Array<B::A>> {
@@ -436,9 +501,9 @@ pub fn run<B: Backend>(
         t.input = t.input.pick(sample);
         n = sample.len();
     }
-    t.attention = clock.run("attention", layer.attention_cost(&rows, cache, &starts, options.absorbed), || {
-        layer.attend(b, &t.qkv.q, &t.raw.q, &rows, cache, &starts, options.absorbed)
-    })?;
+    let cost = attention_cost::<B::A>(spec, &rows.cu_seqlens, &cache.lens, &cache.k_start, &starts, options.absorbed);
+    t.attention = clock
+        .run("attention", cost, || layer.attend(b, &t.qkv.q, &t.raw.q, &rows, cache, &starts, options.absorbed))?;
     let [out, ins] = layer.out.shape;
     t.projected =
         clock.run("out projection", product_cost::<B::A>(n, ins, out), || project(b, &layer.out, &t.attention))?;
@@ -447,10 +512,7 @@ pub fn run<B: Backend>(
     t.mlp_normed = clock.run("mlp norm", rows_cost::<B::A>(n, hidden, 2), || layer.mlp_norm(b, &t.after_attention))?;
     match &spec.mlp {
         Mlp::Dense(ffn) => {
-            let weights = ffn.hidden_size * ffn.intermediate_size * if ffn.gated { 3 } else { 2 };
-            let shape = format!("{n} x {hidden} x {}", ffn.intermediate_size);
-            let cost = Cost { shape, flops: 2.0 * (n * weights) as f64, bytes: size::<B::A>(weights) };
-            t.mlp_out = clock.run("mlp", cost, || layer.dense(b, &t.mlp_normed))?;
+            t.mlp_out = clock.run("mlp", block_cost::<B::A>(ffn, n), || layer.dense(b, &t.mlp_normed))?;
         }
         Mlp::Moe(moe) => {
             let experts = moe.router.num_experts;
@@ -462,7 +524,7 @@ pub fn run<B: Backend>(
                     layer.top_k(b, &t.logits, rows.token_mask.as_deref())
                 })?,
             };
-            t.mlp_out = clock.run("experts", layer.experts_cost(moe, n, &t.topk_ids), || {
+            t.mlp_out = clock.run("experts", experts_cost::<B::A>(moe, n, &t.topk_ids), || {
                 layer.experts(b, &t.mlp_normed, &t.topk_ids, &t.topk_weights)
             })?;
         }
@@ -595,33 +657,6 @@ impl<'w, B: Backend> PackedLayer<'w, B> {
             }
         }
         Ok(Qkv { q: q.reshape(&[n, heads, width]), k: k.reshape(&[n, 1, row]), v: Array::zeros(&[n, 1, 0]) })
-    }
-
-    fn attention_cost(&self, rows: &Rows, cache: &Cache<B::A>, starts: &[i64], absorbed: bool) -> Cost {
-        let mut a = self.spec.attention().clone();
-        if let (AttentionBlock::Mla(block), true) = (&self.spec.attention, absorbed) {
-            a = block.mla.absorbed(&block.attention);
-        }
-        // Visible pairs of a query and a key.
-        let mut pairs = 0.0;
-        for (seq, start) in starts.iter().enumerate() {
-            let cache_seq = seq.min(cache.lens.len() - 1);
-            for i in 0..rows.cu_seqlens[seq + 1] - rows.cu_seqlens[seq] {
-                let visible = a.mask.visible_range(start + i64::from(i));
-                let end = visible.end.min(cache.k_start[cache_seq] + i64::from(cache.lens[cache_seq]));
-                pairs += (end - visible.start.max(cache.k_start[cache_seq])).max(0) as f64;
-            }
-        }
-        let keys = cache.lens.iter().sum::<u32>() as usize;
-        let width = a.head_dim + a.value_dim;
-        let kv_width = if absorbed { a.head_dim } else { width };
-        let n = rows.positions.len();
-        let form = if absorbed { ", absorbed" } else { "" };
-        Cost {
-            shape: format!("{n} x {} heads, {keys} keys{form}", a.num_heads),
-            flops: 2.0 * pairs * (a.num_heads * width) as f64,
-            bytes: size::<B::A>(keys * a.num_kv_heads * kv_width + n * a.num_heads * width),
-        }
     }
 
     /// Attention of `q` against the cache, heads one behind the other, times the output gate where there is one. More
@@ -807,31 +842,12 @@ impl<'w, B: Backend> PackedLayer<'w, B> {
         b.moe(moe, &input, packed, MoeOutput::new(out.rows_mut()))?;
         Ok(out)
     }
-
-    /// Weights are read once per expert that has a token.
-    fn experts_cost(&self, moe: &Moe, n: usize, ids: &Array<i32>) -> Cost {
-        let ffn = &moe.experts.ffn;
-        let mut touched = vec![false; moe.router.num_experts];
-        let mut assignments = 0;
-        for id in ids.data.iter().filter(|id| **id >= 0) {
-            touched[*id as usize] = true;
-            assignments += 1;
-        }
-        let weights = |f: &gatefold::spec::Ffn| f.hidden_size * f.intermediate_size * if f.gated { 3 } else { 2 };
-        let (block, shared) = (weights(ffn), moe.shared.map_or(0, |s| weights(&s.ffn)));
-        let experts = touched.iter().filter(|t| **t).count();
-        Cost {
-            shape: format!("{assignments} x {} x {}, {experts} experts", ffn.hidden_size, ffn.intermediate_size),
-            flops: 2.0 * (assignments * block + n * shared) as f64,
-            bytes: size::<B::A>(experts * block + shared),
-        }
-    }
 }
 
 /// Keys and values.
 type Pair<A> = (Array<A>, Array<A>);
 
 /// Columns from one head's query to the next: with an output gate each head has its query first, then its gate.
-fn q_stride(block: &GqaBlock) -> usize {
+pub fn q_stride(block: &GqaBlock) -> usize {
     block.attention.head_dim + if block.output_gate { block.attention.value_dim } else { 0 }
 }

@@ -9,6 +9,8 @@
 pub mod array;
 pub mod backend;
 pub mod checkpoint;
+#[cfg(feature = "cuda")]
+pub mod clock;
 pub mod cpu;
 pub mod device;
 pub mod folder;
@@ -17,6 +19,7 @@ pub mod layer;
 pub mod measure;
 pub mod naive;
 pub mod random;
+pub mod resident;
 pub mod roof;
 /// The simulator that the tests use: in the repository, not in the package.
 #[cfg(gatefold_simulator)]

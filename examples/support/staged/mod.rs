@@ -1,5 +1,6 @@
 //! The CUDA backend's functions on arrays of the host: copied to the device as they lie (strides and all), run there, copied
-//! back. For tests and examples, where the arguments are those of the reference; a framework keeps its arrays on the device.
+//! back. For tests and examples, where the arguments are those of the reference; a framework keeps its arrays on the device, as
+//! `resident` does.
 //!
 //! One module per family, with the names and arguments of `gatefold::cpu`, after a [`Driver`](gatefold::cuda::driver::Driver).
 #![allow(dead_code, unused_imports)] // each user takes its own part
