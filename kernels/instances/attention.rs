@@ -11,6 +11,7 @@ pub fn add(table: &mut Vec<Instance>) {
     for (head_dim, value_dim, rows, kv_tile) in [
         (64, 64, 64, 64),
         (64, 64, 128, 64),
+        (80, 80, 128, 64),
         (96, 96, 128, 32),
         (128, 128, 64, 32),
         (128, 128, 128, 32),
