@@ -496,7 +496,8 @@ fn as_blocks<'a, T>(rows: &DeviceView<'a, T, 3>) -> DeviceView<'a, T, 4> {
 ///
 /// # Numerics
 /// f32 is f32 throughout, with an exponential of 1 ulp. In bf16 and f16 the exponential is that of the hardware (2 ulp of f32), which
-/// shows in an `lse` near 0: its error may be 2.5e-7. Weights are rounded to the type of the values.
+/// shows in a decode's `lse` near 0: its error may be 2.5e-7. A prompt sums exponentials of 0.7 ulp for `lse`, besides those for `out`:
+/// asking for it costs time, and changes no bit of `out`. Weights are rounded to the type of the values.
 ///
 /// Keys that no query of the sequence sees, whether position, length, explicit mask or a bias of -inf hides them, add nothing: a NaN or
 /// an infinity in them stays there. One in the value of a key that some query sees may reach other queries of that sequence.
