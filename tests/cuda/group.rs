@@ -331,10 +331,37 @@ fn group_tokens_counters() {
         case.check(&simulator, "counted");
         let counters = simulator.take_counters();
         let [(_, c)] = &counters[..] else { panic!("{} launches", counters.len()) };
+        // Experts name the bank, here and there two of a warp the same.
+        assert!(c.conflict_degree() < 1.6, "{}", c.conflict_degree());
         [c.instructions / 16, c.barriers / 16, c.global_requests]
     };
     // Instructions and barriers per warp, requests to global memory.
     assert_eq!(count(128, 8, 1), [304, 5, 17]);
     assert_eq!(count(128, 8, 64), [304, 5, 93]);
     assert_eq!(count(2048, 8, 512), [1384, 11, 773]);
+}
+
+/// 64 experts in turn, for one CTA and for several: no bank conflicts, arrays in whole sectors, once each; but the row of each assignment,
+/// which lies anywhere, costs a sector for its token and one for its weight.
+#[test]
+fn group_tokens_sectors() {
+    let simulator = Simulator::new(false);
+    let count = |assignments: u64| {
+        let ids = (0..assignments as i32).map(|i| i % 64).collect();
+        SortCase::new(64, 8, ids).check(&simulator, "counted");
+        let counters = simulator.take_counters();
+        for (entry, c) in &counters {
+            assert_eq!(c.conflict_degree(), 1.0, "{entry}");
+        }
+        counters.iter().map(|(_, c)| (c.instructions, c.global_sectors)).collect::<Vec<_>>()
+    };
+    // Ids, weights and positions; rows; offsets, a tile for each expert, counts of tiles.
+    assert_eq!(count(512), [(4761, 3 * 64 + 2 * 512 + 9 + 64 / 2 + 4)]);
+    // Four tiles of the sort with 64 counts each.
+    let counts = 4 * 64 / 8;
+    let [count, scan, scatter] = count(16384)[..] else { panic!("three launches") };
+    assert_eq!(count, (12_968, 2048 + counts));
+    assert_eq!(scan, (20_352, 3 * counts + 64 / 8));
+    // As one CTA does, with two tiles for each expert; where each tile begins, and all totals for each tile.
+    assert_eq!(scatter, (46_596, 3 * 2048 + 2 * 16384 + 9 + 2 * 64 / 2 + 4 + counts + 4 * 64 / 8));
 }

@@ -25,6 +25,8 @@ mod mixture_bits;
 mod moe;
 mod recorded;
 mod route;
+
+mod route_counters;
 mod tf32;
 
 use common::simulator::Simulator;
