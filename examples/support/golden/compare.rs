@@ -229,7 +229,11 @@ impl Case {
                 let got = self.routed(b, &spec, &arrays, dtype, Some(replay))?;
                 let other = self.routed(&mut naive, &spec, &arrays, dtype, Some(replay))?;
                 let (experts, hidden) = (spec.router.num_experts, spec.experts.ffn.hidden_size);
-                // A row of a few logits shows only the luck of one order of sums; tensor cores have another.
+                // A row of a few logits shows only the luck of one order of sums; a device has another. Of the 2316 rows of all
+                // files in bf16 and f16, 15 in the simulator are beyond the bound if each stands alone, by up to 1.93 times. So
+                // are 1.9 % of the rows of the textbook sums themselves when begun at 15 other columns, by up to 2.79 times. No
+                // rounding is lost: root mean square, a device errs by 0.52 units in the last place of the row's largest
+                // logit, the textbook method by 0.77.
                 let rows = if DEVICES.contains(&b.name().as_str()) { 128usize.div_ceil(experts) } else { 1 };
                 let mut logits = Contract::default();
                 logits.rows(
