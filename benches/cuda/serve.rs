@@ -3,7 +3,7 @@
 //! ```text
 //! device                    {"name": ..., "cuda": ..}
 //! list                      {"cases": [...]}
-//! prepare  CASE  FOLDER     makes and checks a case, writes its inputs and its answer into the folder
+//! prepare  CASE  FOLDER     makes and checks a case, writes its inputs and its answer into the folder if there are peers
 //! run  5                    calls five times: {"seconds": [...]}
 //! ```
 
@@ -44,8 +44,10 @@ fn prepare(device: &'static Device, cases: &[Case], name: &str, path: &Path) -> 
     let case = cases.iter().find(|case| case.name == name).ok_or_else(|| format!("unknown case {name}"))?;
     let mut job = (case.make)(device).map_err(|e| e.to_string())?;
     job.check()?;
-    let written = Folder::new(path).and_then(|mut folder| job.write(&mut folder).and_then(|()| folder.finish()));
-    written.map_err(|e| format!("{}: {e}", path.display()))?;
+    if case.kind != "alone" {
+        let written = Folder::new(path).and_then(|mut folder| job.write(&mut folder).and_then(|()| folder.finish()));
+        written.map_err(|e| format!("{}: {e}", path.display()))?;
+    }
     let answer = json!({
         "kind": case.kind, "dtype": case.dtype.name(), "flops": case.flops, "bytes": job.bytes(),
     });

@@ -3,9 +3,7 @@
 
 use super::array::Array;
 use gatefold::{Dtype, Element};
-use half::{bf16, f16};
 use serde_json::{Map, Value, json};
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 /// A folder that is being filled.
@@ -22,12 +20,7 @@ impl Folder {
 
     /// The file `NAME.bin`, which views refer to.
     pub fn data<T: Element>(&self, name: &str, array: &Array<T>) -> std::io::Result<()> {
-        self.file(name, &array.data, |x, file| match T::DTYPE {
-            Dtype::BF16 => file.write_all(&bf16::from_f32(x.to_f32()).to_le_bytes()),
-            Dtype::F16 => file.write_all(&f16::from_f32(x.to_f32()).to_le_bytes()),
-            Dtype::F32 => file.write_all(&x.to_f32().to_le_bytes()),
-            _ => file.write_all(&x.to_f64().to_le_bytes()),
-        })
+        self.file(name, bytemuck::cast_slice(&array.data))
     }
 
     /// Says where in a file an array lies.
@@ -44,7 +37,7 @@ impl Folder {
     /// A file with numbers of experts.
     pub fn ids(&mut self, name: &str, ids: &Array<i32>) -> std::io::Result<()> {
         self.entry(name, name, "i32", 0, &ids.shape, &contiguous(&ids.shape));
-        self.file(name, &ids.data, |x, file| file.write_all(&x.to_le_bytes()))
+        self.file(name, bytemuck::cast_slice(&ids.data))
     }
 
     fn entry(&mut self, name: &str, file: &str, dtype: &str, start: usize, shape: &[usize], strides: &[usize]) {
@@ -61,16 +54,10 @@ impl Folder {
         }
     }
 
-    fn file<T: Copy>(
-        &self,
-        name: &str,
-        data: &[T],
-        put: impl Fn(T, &mut BufWriter<std::fs::File>) -> std::io::Result<()>,
-    ) -> std::io::Result<()> {
-        let file = std::fs::File::create(self.path.join(format!("{name}.bin")))?;
-        let mut file = BufWriter::with_capacity(1 << 20, file);
-        data.iter().try_for_each(|x| put(*x, &mut file))?;
-        file.flush()
+    /// Gigabytes: at once, not number by number.
+    fn file(&self, name: &str, bytes: &[u8]) -> std::io::Result<()> {
+        assert!(cfg!(target_endian = "little"), "the files are little-endian");
+        std::fs::write(self.path.join(format!("{name}.bin")), bytes)
     }
 
     /// Writes the table.
