@@ -22,9 +22,9 @@ use support::verify::{Subject, verify};
 const TOKENS: usize = 6;
 const STEPS: usize = 3;
 
-/// A layer of a small model in `tests/checkpoints`, its numbers changed where a row would be too narrow to show more than its luck.
-fn layer(model: &str, number: usize, changes: &[(&str, usize)]) -> Layer {
-    let path = format!("tests/checkpoints/{model}/config.json");
+/// A layer of a configuration in `tests`, its numbers changed where a row would be too narrow to show more than its luck.
+fn layer(file: &str, number: usize, changes: &[(&str, usize)]) -> Layer {
+    let path = format!("tests/{file}");
     // A test that was carried to another machine finds it where it is started.
     let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(&path));
     let text = text.or_else(|_| std::fs::read_to_string(&path)).expect("part of the repository");
@@ -110,7 +110,7 @@ fn on_devices(check: impl Fn(&dyn Recorder)) {
 /// Norms of queries and keys, a mixture.
 #[test]
 fn qwen3_moe() {
-    let spec = layer("qwen3_moe", 0, &[("head_dim", 128)]);
+    let spec = layer("checkpoints/qwen3_moe/config.json", 0, &[("head_dim", 128)]);
     on_devices(|device| {
         check::<f32>(device, "qwen3_moe", &spec);
         check::<bf16>(device, "qwen3_moe", &spec);
@@ -121,7 +121,8 @@ fn qwen3_moe() {
 /// Latent attention, expanded for the prompt and absorbed after it; a dense layer, and a mixture with groups and a shared expert.
 #[test]
 fn deepseek_v3() {
-    let [dense, mixture] = [0, 1].map(|number| layer("deepseek_v3", number, &[("v_head_dim", 128)]));
+    let [dense, mixture] =
+        [0, 1].map(|number| layer("checkpoints/deepseek_v3/config.json", number, &[("v_head_dim", 128)]));
     on_devices(|device| {
         check::<f32>(device, "deepseek_v3 dense", &dense);
         check::<bf16>(device, "deepseek_v3", &mixture);
@@ -131,6 +132,24 @@ fn deepseek_v3() {
 /// Sinks, a window, biases everywhere.
 #[test]
 fn gpt_oss() {
-    let spec = layer("gpt_oss", 0, &[("head_dim", 128)]);
+    let spec = layer("checkpoints/gpt_oss/config.json", 0, &[("head_dim", 128)]);
     on_devices(|device| check::<bf16>(device, "gpt_oss", &spec));
+}
+
+/// A gate on attention's output and on the shared expert; norms behind both parts, and a factor on what they add.
+#[test]
+fn qwen3_next() {
+    let sizes = [
+        ("hidden_size", 128),
+        ("num_attention_heads", 4),
+        ("num_key_value_heads", 2),
+        ("head_dim", 128),
+        ("num_experts", 16),
+        ("num_experts_per_tok", 3),
+        ("moe_intermediate_size", 32),
+        ("shared_expert_intermediate_size", 48),
+    ];
+    let mut spec = layer("configs/qwen3-next-80b-a3b.json", 3, &sizes);
+    (spec.post_attention_norm, spec.post_mlp_norm, spec.residual_multiplier) = (true, true, 0.5);
+    on_devices(|device| check::<bf16>(device, "qwen3_next", &spec));
 }

@@ -9,7 +9,7 @@ use gatefold::cuda::{
     AttentionInput, AttentionOutput, DeviceView, Kv, KvCache, KvCacheMut, KvRows, QkvInput, attention, kv_append,
     linear_heads, mla_absorb_query, mla_project_value, norm, prepare_qkv_append, rope, sigmoid_mul,
 };
-use gatefold::spec::{Attention, AttentionBlock, GqaBlock, MlaBlock, Norm};
+use gatefold::spec::{Attention, AttentionBlock, GqaBlock, Layer, MlaBlock, Norm};
 
 impl<T: Float> DeviceLayer<'_, T> {
     pub(super) fn project(&mut self) -> Result<()> {
@@ -22,16 +22,14 @@ impl<T: Float> DeviceLayer<'_, T> {
             k.run(queue, x, a.k_raw.view_mut([n, k.shape()[0]]))?;
             return v.run(queue, x, a.v_raw.view_mut([n, v.shape()[0]]));
         }
-        let (AttentionBlock::Mla(block), Some(latent)) = (&spec.attention, &w.latent) else {
-            return Err(unsupported("attention block"));
-        };
+        let Some(latent) = &w.latent else { return Err(unsupported("attention block")) };
         match &latent.q_a {
             Some((q_a, weight)) => {
                 let shape = [n, q_a.shape()[0]];
                 q_a.run(queue, x, a.q_latent.view_mut(shape))?;
-                let spec = Norm::rms(block.mla.latent_norm_eps);
+                let rms = Norm::rms(latent_of(spec)?.mla.latent_norm_eps);
                 let (latent, normed) = (a.q_latent.view(shape), a.q_latent_normed.view_mut(shape));
-                norm(queue, &spec, latent, Some(weight.view()), None, normed)?;
+                norm(queue, &rms, latent, Some(weight.view()), None, normed)?;
                 w.q.run(queue, a.q_latent_normed.view(shape), q_raw)?;
             }
             None => w.q.run(queue, x, q_raw)?,
@@ -40,24 +38,17 @@ impl<T: Float> DeviceLayer<'_, T> {
     }
 
     pub(super) fn prepare(&mut self) -> Result<()> {
-        match self.spec.attention.clone() {
-            AttentionBlock::Gqa(block) => self.prepare_heads(&block),
-            AttentionBlock::Mla(block) => self.prepare_latent(&block),
-            _ => Err(unsupported("attention block")),
-        }
+        if self.weights.latent.is_some() { self.prepare_latent() } else { self.prepare_heads() }
     }
 
     pub(super) fn attend(&mut self) -> Result<()> {
-        match self.spec.attention.clone() {
-            AttentionBlock::Gqa(block) => self.attend_heads(&block),
-            AttentionBlock::Mla(block) => self.attend_latent(&block),
-            _ => Err(unsupported("attention block")),
-        }
+        if self.weights.latent.is_some() { self.attend_latent() } else { self.attend_heads() }
     }
 
     /// Norms and rotation; keys and values go straight into the cache.
-    fn prepare_heads(&mut self, block: &GqaBlock) -> Result<()> {
+    fn prepare_heads(&mut self) -> Result<()> {
         let DeviceLayer { spec, queue, weights: w, arrays: a, cache, tokens } = self;
+        let block = heads_of(spec)?;
         let (n, dims) = (tokens.n, &block.attention);
         let (heads, kv_heads) = (dims.num_heads, dims.num_kv_heads);
         let stride = q_stride(block);
@@ -76,8 +67,9 @@ impl<T: Float> DeviceLayer<'_, T> {
         prepare_qkv_append(queue, &block.qkv_prep(&spec.norm), &input, &rows, q, KvCacheMut::contiguous(k, v))
     }
 
-    fn attend_heads(&mut self, block: &GqaBlock) -> Result<()> {
-        let DeviceLayer { queue, weights: w, arrays: a, cache, tokens, .. } = self;
+    fn attend_heads(&mut self) -> Result<()> {
+        let DeviceLayer { spec, queue, weights: w, arrays: a, cache, tokens } = self;
+        let block = heads_of(spec)?;
         let (n, dims) = (tokens.n, &block.attention);
         let (heads, kv_heads, value_dim) = (dims.num_heads, dims.num_kv_heads, dims.value_dim);
         let k = cache.k.view([1, cache.capacity, kv_heads, dims.head_dim]);
@@ -98,8 +90,9 @@ impl<T: Float> DeviceLayer<'_, T> {
     }
 
     /// A cache row is `[normed latent | rotated k_rope]`; queries are `[nope | rope]`, absorbed `[latent | rope]`.
-    fn prepare_latent(&mut self, block: &MlaBlock) -> Result<()> {
-        let DeviceLayer { queue, weights: w, arrays: a, cache, tokens, .. } = self;
+    fn prepare_latent(&mut self) -> Result<()> {
+        let DeviceLayer { spec, queue, weights: w, arrays: a, cache, tokens } = self;
+        let block = latent_of(spec)?;
         let (m, n, absorbed) = (&block.mla, tokens.n, tokens.absorbed);
         let (heads, nope, rope_dim, rank) = (m.num_heads, m.nope_dim, m.rope_dim, m.kv_lora_rank);
         let (Some(latent), Some(table)) = (&w.latent, w.rope_table()) else {
@@ -107,9 +100,9 @@ impl<T: Float> DeviceLayer<'_, T> {
         };
         let positions = tokens.positions.view([n]);
         let (row, q_head) = (rank + rope_dim, nope + rope_dim);
-        let spec = Norm::rms(m.latent_norm_eps);
+        let rms = Norm::rms(m.latent_norm_eps);
         let (raw, normed) = (a.k_raw.strided(0, [n, rank], [row, 1]), a.k_row.strided_mut(0, [n, rank], [row, 1]));
-        norm(queue, &spec, raw, Some(latent.kv_a_norm.view()), None, normed)?;
+        norm(queue, &rms, raw, Some(latent.kv_a_norm.view()), None, normed)?;
         let k_rope = a.k_raw.strided(rank, [n, 1, rope_dim], [row, rope_dim, 1]);
         let rotated = a.k_row.strided_mut(rank, [n, 1, rope_dim], [row, rope_dim, 1]);
         rope(queue, &block.rope, k_rope, positions, &table, rotated)?;
@@ -144,8 +137,9 @@ impl<T: Float> DeviceLayer<'_, T> {
         kv_append(queue, &copy, KvCacheMut::contiguous(to, cache.v.view_mut([1, n, heads, 0])))
     }
 
-    fn attend_latent(&mut self, block: &MlaBlock) -> Result<()> {
-        let DeviceLayer { queue, weights: w, arrays: a, cache, tokens, .. } = self;
+    fn attend_latent(&mut self) -> Result<()> {
+        let DeviceLayer { spec, queue, weights: w, arrays: a, cache, tokens } = self;
+        let block = latent_of(spec)?;
         let (m, n) = (&block.mla, tokens.n);
         let (heads, rank, row) = (m.num_heads, m.kv_lora_rank, m.kv_lora_rank + m.rope_dim);
         let Some(latent) = &w.latent else { return Err(unsupported("latent attention")) };
@@ -164,5 +158,19 @@ impl<T: Float> DeviceLayer<'_, T> {
         attention(queue, &absorbed, &input, AttentionOutput::new(a.attended.view_mut([n, heads, rank])))?;
         let out = a.attention.view_mut([n, heads, m.value_dim]);
         mla_project_value(queue, m, a.attended.view([n, heads, rank]), latent.kv_b.view(), out)
+    }
+}
+
+fn heads_of(spec: &Layer) -> Result<&GqaBlock> {
+    match &spec.attention {
+        AttentionBlock::Gqa(block) => Ok(block),
+        _ => Err(unsupported("attention block")),
+    }
+}
+
+fn latent_of(spec: &Layer) -> Result<&MlaBlock> {
+    match &spec.attention {
+        AttentionBlock::Mla(block) => Ok(block),
+        _ => Err(unsupported("attention block")),
     }
 }
