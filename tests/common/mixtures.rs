@@ -86,6 +86,9 @@ pub fn coupled(router: &Router) -> bool {
         || matches!(router.selection, Selection::ExpertChoice | Selection::Sinkhorn { .. })
 }
 
+type Call<'a, T, W, Q, O> = dyn Fn(&MoeCase<T, W, Q>, Option<Routing<'_, f32>>, bool) -> MoeResult<O, f32> + 'a;
+type Logits<'a, T, W, Q> = dyn Fn(&MoeCase<T, W, Q>) -> Vec<f32> + 'a;
+
 /// What a test of mixtures must know of a backend.
 pub struct Backend<'a, T, W, Q, O> {
     /// For messages.
@@ -97,9 +100,9 @@ pub struct Backend<'a, T, W, Q, O> {
     /// Whether the same call gives the same bits: a simulator may err at random.
     pub exact: bool,
     /// The call, with a routing that is given or asked for.
-    pub moe: &'a dyn Fn(&MoeCase<T, W, Q>, Option<Routing<'_, f32>>, bool) -> MoeResult<O, f32>,
+    pub moe: &'a Call<'a, T, W, Q, O>,
     /// The router's logits.
-    pub logits: &'a dyn Fn(&MoeCase<T, W, Q>) -> Vec<f32>,
+    pub logits: &'a Logits<'a, T, W, Q>,
 }
 
 /// Against the reference, then bit for bit: again, without asking for the routing, with the routing given, and some of the tokens

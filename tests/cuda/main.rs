@@ -25,7 +25,6 @@ mod mixture_bits;
 mod moe;
 mod recorded;
 mod route;
-
 mod route_counters;
 mod tf32;
 
