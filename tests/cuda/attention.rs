@@ -13,6 +13,8 @@ use gatefold::spec::{Attention, Mask, RelativeBias};
 use gatefold::{Dtype, Element, Error, View, ViewMut, reference};
 use half::{bf16, f16};
 
+mod bugs;
+
 /// The options with a sequence of so many queries that the call takes the kernels for many of them, whatever its others are.
 fn prefill(options: &AttentionOptions) -> AttentionOptions {
     let mut options = options.clone();
@@ -346,7 +348,7 @@ fn bits<T: Element>((out, lse): &(Vec<T>, Vec<f32>)) -> (Vec<u8>, Vec<u8>) {
     (bytemuck::cast_slice(out).to_vec(), bytemuck::cast_slice(lse).to_vec())
 }
 
-/// The same bits in one call, in chunks, in a batch, in pages, twice.
+/// The same bits in one call, in chunks, in a batch, in pages, twice (Dao-AILab/flash-attention#1897, #2450, #2604).
 fn check_bits<T: Element>(driver: &dyn Driver) {
     let mut rng = Rng::new(seed());
     for (heads, dims, window, softcap, sinks) in [
@@ -417,214 +419,6 @@ fn lse_leaves_out_as_it_is() {
     });
 }
 
-// --- bugs of others ---------------------------------------------------------------------------------------------------
-
-/// Fully masked rows: `out = 0`, `lse = -inf`, never NaN, +inf or a large finite number (Dao-AILab/flash-attention#978,
-/// flashinfer-ai/flashinfer#4452, #4401), also with sinks and behind a first tile that is hidden (ikawrakow/ik_llama.cpp#2344).
-fn check_masked_rows<T: Element>(driver: &dyn Driver) {
-    for sinks in [Sinks::None, Sinks::Finite] {
-        let mut options = AttentionOptions::new((1, 1), 64, &[(40, 20), (17, 0)]);
-        options.mask.causal = true;
-        options.sinks = sinks;
-        let case = AttentionCase::<T>::new(&prefill(&options), 1);
-        check(driver, &case);
-        let got = case.run(|spec, input, output| staged::attention::<T>(driver, spec, input, output));
-        for row in (0..20).chain(40..57) {
-            assert!(got.out[row * 64..(row + 1) * 64].iter().all(|x| x.to_f64() == 0.0));
-            let lse = case.sinks.as_ref().map_or(f32::NEG_INFINITY, |sinks| sinks[0]);
-            assert!((got.lse[row] - lse).abs() <= 1e-6 || got.lse[row] == lse, "{} {lse}", got.lse[row]);
-        }
-        // The first tile is seen by nobody, then some keys are.
-        let mut options = AttentionOptions::new((1, 1), 64, &[(70, 150)]);
-        options.sinks = sinks;
-        let mut case = AttentionCase::<T>::new(&options, 2);
-        let mask: Vec<u8> = (0..70 * 150).map(|i| u8::from(i % 150 >= 70 && (i / 150) % 3 > 0)).collect();
-        case.mask = Some(crate::common::Array::new([1, 1, 70, 150], Layout::Padded, &mask));
-        check(driver, &case);
-    }
-}
-
-#[test]
-fn flash_attention_978_fully_masked_rows() {
-    on_devices(false, |driver| {
-        check_masked_rows::<bf16>(driver);
-        check_masked_rows::<f16>(driver);
-        check_masked_rows::<f32>(driver);
-    });
-}
-
-/// NaN in padding stays there: behind the length in a cache and in a page, before `kv_begin`, and where a mask hides the key from every
-/// query (Dao-AILab/flash-attention#1745, #2374, #1395).
-fn check_nan_padding<T: Element>(driver: &dyn Driver) {
-    for kv in [KvLayout::Cache, KvLayout::Paged(16), KvLayout::Paged(7)] {
-        let mut options = AttentionOptions::new((2, 1), 64, &[(20, 45), (5, 9), (33, 3)]);
-        options.kv = kv;
-        options.left_padding = true;
-        check(driver, &AttentionCase::<T>::new(&options, 3));
-        options.dense_mask = DenseMask::PerKey;
-        let mut case = AttentionCase::<T>::new(&options, 4);
-        for (seq, len) in [45, 9, 3].into_iter().enumerate() {
-            for j in 0..len {
-                if case.mask.as_ref().unwrap().at([seq, 0, 0, j]) == 0 {
-                    let [block, row] = case.place(seq, j);
-                    (0..64).for_each(|d| case.v.set([block, row, 0, d], T::from_f32(f32::NAN)));
-                }
-            }
-        }
-        let got = case.run(|spec, input, output| staged::attention::<T>(driver, spec, input, output));
-        assert!(got.out.iter().all(|x| !x.to_f64().is_nan()));
-    }
-}
-
-#[test]
-fn flash_attention_1745_nan_in_padding() {
-    on_devices(false, |driver| {
-        check_nan_padding::<bf16>(driver);
-        check_nan_padding::<f16>(driver);
-        check_nan_padding::<f32>(driver);
-    });
-}
-
-/// NaN and infinity in keys and values that only the explicit mask or a bias of -inf hides from every query of a head stay there, whatever
-/// else hides them from some queries; where a query sees such a key, it is NaN (Dao-AILab/flash-attention#1745, #2374).
-fn check_nan_behind_mask<T: Element>(driver: &dyn Driver) {
-    // Key 3 is of the first tile; 66 of the second, which some warps pass over in a causal call; the last is of a tile of its own.
-    let (queries, keys, hidden) = (135, 131, [3, 66, 130]);
-    for (i, (dim, causal, masked, biased)) in
-        [(64, false, true, false), (80, true, true, true), (128, true, false, true), (256, true, true, true)]
-            .into_iter()
-            .enumerate()
-    {
-        let mut options = AttentionOptions::new((2, 1), dim, &[(queries, keys)]);
-        options.mask.causal = causal;
-        options.kv = [KvLayout::Ragged, KvLayout::Paged(16)][i % 2];
-        let mut case = AttentionCase::<T>::new(&options, i as u64);
-        let spoils = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY].map(T::from_f32);
-        for (key, spoil) in hidden.into_iter().zip(spoils) {
-            let [block, row] = case.place(0, key);
-            (0..dim).for_each(|d| case.k.set([block, row, 0, d], spoil));
-            (0..dim).for_each(|d| case.v.set([block, row, 0, d], spoil));
-        }
-        // Queries that may not see a key differ in what hides it from them; every tenth of the other keys is hidden, too.
-        let is_hidden = |query: usize, key: usize| hidden.contains(&key) || (query * 7 + key) % 10 == 0;
-        let by_mask = |query: usize, key: usize| masked && !(biased && (query + key) % 2 == 0);
-        let pairs = || (0..queries).flat_map(|query| (0..keys).map(move |key| (query, key)));
-        let shape = [1, 1, queries, keys];
-        if masked {
-            let mask: Vec<u8> = pairs().map(|(i, j)| u8::from(!(is_hidden(i, j) && by_mask(i, j)))).collect();
-            case.mask = Some(crate::common::Array::new(shape, Layout::Padded, &mask));
-        }
-        if biased {
-            let bias = |(i, j)| if is_hidden(i, j) && !by_mask(i, j) { f32::NEG_INFINITY } else { 0.25 };
-            case.bias = Some(crate::common::Array::new(shape, Layout::Padded, &pairs().map(bias).collect::<Vec<_>>()));
-        }
-        check(driver, &case);
-        // The second head has a mask of its own, with which its query 50 sees the first of these keys.
-        let mask: Vec<u8> = (0..2)
-            .flat_map(|head| pairs().map(move |(i, j)| u8::from(!is_hidden(i, j) || (head, i, j) == (1, 50, 3))))
-            .collect();
-        case.mask = Some(crate::common::Array::new([1, 2, queries, keys], Layout::Padded, &mask));
-        case.bias = None;
-        let got = case.run(|spec, input, output| staged::attention::<T>(driver, spec, input, output));
-        for (row, got) in got.out.chunks(dim).enumerate() {
-            let is_finite = got.iter().all(|x| x.to_f64().is_finite());
-            match (row / 2, row % 2) {
-                (_, 0) => assert!(is_finite, "{} query {} of the first head", T::DTYPE, row / 2),
-                (50, _) => assert!(got.iter().all(|x| x.to_f64().is_nan()), "{} query 50 sees NaN", T::DTYPE),
-                _ => {} // may be NaN, too
-            }
-        }
-    }
-}
-
-#[test]
-fn flash_attention_1745_nan_behind_a_mask() {
-    on_devices(false, |driver| {
-        check_nan_behind_mask::<bf16>(driver);
-        check_nan_behind_mask::<f16>(driver);
-        check_nan_behind_mask::<f32>(driver);
-    });
-}
-
-/// Window edges: off by one, and rows whose window is empty (huggingface/transformers#39408, vllm-project/vllm#3385,
-/// Dao-AILab/flash-attention#1133, #2199).
-#[test]
-fn transformers_39408_window_edges() {
-    on_devices(false, |driver| {
-        for (i, (left, right)) in
-            [(0, 0), (1, 0), (31, 0), (32, 32), (63, 1), (64, 0), (65, 70)].into_iter().enumerate()
-        {
-            for lens in [(70, 70), (70, 20), (20, 140)] {
-                let mut options = AttentionOptions::new((1, 1), 64, &[lens]);
-                options.mask.window_left = Some(left);
-                options.mask.window_right = Some(right);
-                options.starts = i % 2 == 1;
-                check_all(driver, &options, i as u64);
-            }
-        }
-    });
-}
-
-/// Head widths that have no kernel of their own (Dao-AILab/flash-attention#28, #277, ggml-org/llama.cpp#20375): 8 to 256 in steps of 8.
-#[test]
-fn flash_attention_28_head_widths() {
-    on_devices(false, |driver| {
-        for dim in (8..=256).step_by(8) {
-            let mut options = AttentionOptions::new((1, 1), dim, &[(18, 37)]);
-            options.dims.1 = (dim * 3 / 2) % 248 / 8 * 8 + 8;
-            check(driver, &AttentionCase::<bf16>::new(&prefill(&options), dim as u64));
-        }
-    });
-}
-
-/// Offsets beyond 2^31 elements (Dao-AILab/flash-attention#1500, #1311, #767, sgl-project/sglang#20389): rows of q, k, v and out lie
-/// 2^31 elements apart, in memory that the simulator does not fill.
-fn check_far<T: Element>(driver: &dyn Driver) {
-    let (rows, dim) = (65, 64);
-    let near: Vec<T> = Rng::new(5).normals(rows * dim, 1.0);
-    let spec = Attention::causal(1, 1, dim);
-    let kv = args::Kv::ragged(View::new(&near, [rows, 1, dim]), View::new(&near, [rows, 1, dim]), None);
-    let mut expected = vec![T::default(); rows * dim];
-    let output = AttentionOutput::new(ViewMut::new(&mut expected, [rows, 1, dim]));
-    staged::attention(driver, &spec, &AttentionInput::new(View::new(&near, [rows, 1, dim]), kv), output).unwrap();
-
-    let stride = (1_usize << 31) + 64;
-    let bytes = stride * size_of::<T>();
-    let far: Vec<Buffer<'_>> =
-        (0..4).map(|_| Buffer::new(driver, (rows - 1) * bytes + dim * size_of::<T>()).unwrap()).collect();
-    for buffer in &far[..3] {
-        for (i, row) in near.chunks_exact(dim).enumerate() {
-            // SAFETY: the buffer has room for the row, and nothing runs.
-            unsafe { driver.copy_to_device(buffer.ptr() + (i * bytes) as u64, bytemuck::cast_slice(row)).unwrap() };
-        }
-    }
-    let mut problem = AttentionProblem::new(spec, T::DTYPE, 1, rows, KvShape::ragged(rows));
-    problem.q_strides[0] = stride;
-    problem.k_strides[1] = stride;
-    problem.v_strides[1] = stride;
-    problem.out_strides[0] = stride;
-    let plan = AttentionPlan::new(&problem, &driver.limits()).unwrap();
-    let args = AttentionArgs::new(far[0].ptr(), far[1].ptr(), far[2].ptr(), far[3].ptr());
-    // SAFETY: the buffers hold rows so far apart and outlive the reads below, which wait.
-    unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
-    driver.synchronize(Stream::LEGACY).unwrap();
-    for (i, expected) in expected.chunks_exact(dim).enumerate() {
-        let mut found = vec![T::default(); dim];
-        // SAFETY: the buffer holds the row, and nothing runs.
-        unsafe {
-            driver.copy_to_host(bytemuck::cast_slice_mut(&mut found), far[3].ptr() + (i * bytes) as u64).unwrap()
-        };
-        assert_eq!(bytemuck::cast_slice::<T, u8>(&found), bytemuck::cast_slice::<T, u8>(expected));
-    }
-}
-
-#[test]
-fn flash_attention_1500_far_offsets() {
-    let simulator = Simulator::new(false);
-    check_far::<bf16>(&simulator);
-    check_far::<f32>(&simulator);
-}
-
 // --- what the device says ---------------------------------------------------------------------------------------------
 
 /// Lengths, prefix sums and pages out of range lead nowhere: the simulator reports every access outside of an array.
@@ -679,9 +473,9 @@ fn hostile_lengths() {
     });
 }
 
-/// Rows that are not aligned, and arrays that are not, are typed errors in 16 bits.
+/// Rows that are not aligned, and arrays that are not, are typed errors in 16 bits (pytorch/pytorch#170813).
 #[test]
-fn unaligned_is_an_error() {
+fn pytorch_170813_unaligned_is_an_error() {
     let driver = &Simulator::new(false);
     let options = AttentionOptions { layout: Layout::Padded, ..AttentionOptions::new((2, 1), 64, &[(80, 80)]) };
     let case = AttentionCase::<bf16>::new(&options, 1);
