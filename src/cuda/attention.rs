@@ -132,7 +132,8 @@ impl AttentionPlan {
     /// # Safety
     /// The pointers are memory of `driver`'s device with the shapes and strides of the problem, valid until the work has
     /// ended; no other work writes the inputs or touches the outputs meanwhile. `stream` is of that device. What lengths, prefix
-    /// sums and pages say is no part of the promise: the kernels cut it off.
+    /// sums and pages say is no part of the promise: the kernels cut it off. Tokens of no sequence, and those beyond the bound of
+    /// the queries, are left as they are; a token that several sequences have gets some result.
     pub unsafe fn launch(&self, driver: &dyn Driver, args: &AttentionArgs, stream: Stream) -> Result<()> {
         match &self.kind {
             // SAFETY: the caller's promise.
@@ -492,7 +493,8 @@ fn as_blocks<'a, T>(rows: &DeviceView<'a, T, 3>) -> DeviceView<'a, T, 4> {
 ///
 /// Calls of few queries per sequence (bounded by [`AttentionInput::max_q_len`]) take the kernels for decoding, others those for
 /// prompts; within each of the two a query's bits depend on nothing else in the call. Bounds of the lengths size the grid and, for
-/// decoding, the workspace: give tight ones.
+/// decoding, the workspace: give tight ones. Where the bound of the keys is a split (256 keys, 512 of MLA's latent rows), a decode is one
+/// kernel without workspace. Tokens of no sequence, and those beyond the bound of the queries, are left as they are.
 ///
 /// # Numerics
 /// f32 is f32 throughout, with an exponential of 1 ulp. In bf16 and f16 the exponential is that of the hardware (2 ulp of f32), which

@@ -1,5 +1,5 @@
 //! Attention of few queries over many keys: keys are split at fixed rows, each split is attended on its own, and the parts
-//! are merged in order.
+//! are merged in order. Where one split has room for all keys, its kernel writes the result, with the bits of the merge.
 
 use super::AttentionArgs;
 use super::problem::{Geometry, KvShape, attention_params};
@@ -45,9 +45,15 @@ pub(super) struct DecodePlan {
     /// For values that are the first columns of the keys, where widths and strides allow that.
     shared_kv: Option<Part>,
     num_splits: u32,
-    merge: &'static Kernel,
-    /// Blocks of columns of the merge.
-    merge_blocks: u32,
+    /// `None`: one split is all.
+    merge: Option<MergeStep>,
+}
+
+/// The second step: its kernel, and the blocks of tokens and heads, and of columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct MergeStep {
+    kernel: &'static Kernel,
+    blocks: [u32; 2],
 }
 
 /// Bytes of a row of keys or queries of f32, as the kernel asks for it: an odd number of 16 bytes.
@@ -123,15 +129,15 @@ impl DecodePlan {
         let dtype = geometry.dtype;
         let merge = attention_merge::INSTANCES.iter().find(|i| i.parts == Dtype::F32 && i.out == dtype);
         let merge = merge.ok_or_else(unsupported)?;
-        let merge_blocks = value_dim.div_ceil(merge.cols_per_cta);
-        let num_splits = geometry.max_kv_len.div_ceil(unaligned.split);
-        let plan =
-            DecodePlan { aligned, unaligned, shared_kv, num_splits, merge: &merge.kernel, merge_blocks, geometry };
+        let num_splits = geometry.max_kv_len.div_ceil(unaligned.split).max(1);
         if num_splits > MAX_SPLITS {
             let limit = u64::from(MAX_SPLITS) * u64::from(unaligned.split);
-            return Err(Error::value("max_kv_len", format!("at most {limit}"), plan.geometry.max_kv_len));
+            return Err(Error::value("max_kv_len", format!("at most {limit}"), geometry.max_kv_len));
         }
-        let rows = u64::from(plan.geometry.num_tokens) * u64::from(plan.geometry.num_heads);
+        let rows = u64::from(geometry.num_tokens) * u64::from(geometry.num_heads);
+        let blocks = [rows as u32, value_dim.div_ceil(merge.cols_per_cta)]; // at most 2^31 - 1 rows, seen below
+        let merge = (num_splits > 1).then_some(MergeStep { kernel: &merge.kernel, blocks });
+        let plan = DecodePlan { aligned, unaligned, shared_kv, num_splits, merge, geometry };
         if plan.parts().any(|part| plan.blocks(part) > MAX_BLOCKS) || rows > MAX_BLOCKS {
             let expected = format!("at most {MAX_BLOCKS} blocks");
             return Err(Error::value("num_seqs * num_kv_heads * max_q_len", expected, plan.blocks(&unaligned)));
@@ -156,14 +162,16 @@ impl DecodePlan {
         heads.saturating_mul(u64::from(self.row_blocks(part)))
     }
 
-    /// The kernel that runs if keys are aligned and, where that is possible, values are the first columns of the keys; then the merge.
+    /// The kernel that runs if arrays are aligned and, where that is possible, values are the first columns of the keys; then the merge.
     pub fn kernels(&self) -> Vec<&'static str> {
-        self.parts().next().map(|part| part.kernel.entry).into_iter().chain([self.merge.entry]).collect()
+        let merge = self.merge.map(|merge| merge.kernel.entry);
+        self.parts().next().map(|part| part.kernel.entry).into_iter().chain(merge).collect()
     }
 
-    /// Offsets of parts, largest scores and sums in the workspace, and its size.
+    /// Offsets of parts, largest scores and sums in the workspace, and its size; nothing without a merge.
     fn layout(&self) -> ([u64; 3], usize) {
-        let rows = self.num_splits as usize * self.geometry.num_tokens as usize * self.geometry.num_heads as usize;
+        let splits = if self.merge.is_some() { self.num_splits as usize } else { 0 };
+        let rows = splits * self.geometry.num_tokens as usize * self.geometry.num_heads as usize;
         let mut layout = Parts::default();
         let parts = layout.part(rows.saturating_mul(self.geometry.value_dim as usize), 4);
         let (maxes, sums) = (layout.part(rows, 4), layout.part(rows, 4));
@@ -175,14 +183,15 @@ impl DecodePlan {
     }
 
     pub fn warmup(&self, driver: &dyn Driver) -> Result<()> {
-        self.parts().map(|part| part.kernel).chain([self.merge]).try_for_each(|kernel| driver.load(kernel))
+        let merge = self.merge.map(|merge| merge.kernel);
+        self.parts().map(|part| part.kernel).chain(merge).try_for_each(|kernel| driver.load(kernel))
     }
 
     /// # Safety
     /// As [`AttentionPlan::launch`](super::AttentionPlan::launch).
     pub unsafe fn launch(&self, driver: &dyn Driver, args: &AttentionArgs, stream: Stream) -> Result<()> {
         let geometry = &self.geometry;
-        if geometry.num_tokens == 0 || geometry.num_seqs == 0 {
+        if geometry.num_tokens == 0 || geometry.num_seqs == 0 || geometry.max_q_len == 0 {
             return Ok(());
         }
         geometry.check_args(args)?;
@@ -191,42 +200,44 @@ impl DecodePlan {
             let expected = format!("{bytes} bytes of device memory, aligned to 256");
             return Err(Error::value("workspace", expected, format_args!("{:#x}", args.workspace)));
         }
-        let [parts_ptr, maxes_ptr, sums_ptr] = offsets.map(|offset| args.workspace + offset);
-        let is_aligned = [args.q, args.k, args.v].iter().all(|ptr| ptr.is_multiple_of(16));
+        // Without a merge the kernels take a null pointer and write the result.
+        let [parts_ptr, maxes_ptr, sums_ptr] =
+            offsets.map(|offset| if self.merge.is_some() { args.workspace + offset } else { 0 });
+        let out = if self.merge.is_some() { 0 } else { args.out };
+        let is_aligned = [args.q, args.k, args.v, out].iter().all(|ptr| ptr.is_multiple_of(16));
         let part = match (&self.shared_kv, &self.aligned) {
             (Some(part), _) if is_aligned && args.k == args.v => part,
             (_, Some(part)) if is_aligned => part,
             _ => &self.unaligned,
         };
-        if self.num_splits > 0 && geometry.max_q_len > 0 {
-            let mut launch = Launch::grid([self.blocks(part) as u32, self.num_splits, 1]); // at most 2^31 - 1, seen by `new`
-            launch.dynamic_shared_bytes = part.dynamic_shared_bytes;
-            let (num_kv_heads, row_blocks) = (geometry.num_kv_heads, self.row_blocks(part));
-            let params = if geometry.dtype == Dtype::F32 {
-                let params = attention_params!(attention_decode_f32, geometry, args, {
-                    parts_ptr: parts_ptr,
-                    maxes_ptr: maxes_ptr,
-                    sums_ptr: sums_ptr,
-                    num_kv_heads: num_kv_heads,
-                    row_blocks: row_blocks,
-                    k_row_bytes: f32_k_row_bytes(geometry.head_dim),
-                    v_row_bytes: 16 * geometry.value_dim.div_ceil(4),
-                });
-                ParamBlock::F32(params.to_bytes())
-            } else {
-                let params = attention_params!(attention_decode, geometry, args, {
-                    parts_ptr: parts_ptr,
-                    maxes_ptr: maxes_ptr,
-                    sums_ptr: sums_ptr,
-                    num_kv_heads: num_kv_heads,
-                    row_blocks: row_blocks,
-                });
-                ParamBlock::Half(params.to_bytes())
-            };
-            // SAFETY: pointers are there, not null and aligned as the kernel requires, checked above; that they hold the arrays
-            // that the plan describes, and the rest, is the caller's promise. The workspace has room for all splits.
-            unsafe { driver.launch(part.kernel, &launch, params.bytes(), stream)? };
-        }
+        let mut launch = Launch::grid([self.blocks(part) as u32, self.num_splits, 1]); // at most 2^31 - 1, seen by `new`
+        launch.dynamic_shared_bytes = part.dynamic_shared_bytes;
+        let (num_kv_heads, row_blocks) = (geometry.num_kv_heads, self.row_blocks(part));
+        let params = if geometry.dtype == Dtype::F32 {
+            let params = attention_params!(attention_decode_f32, geometry, args, {
+                parts_ptr: parts_ptr,
+                maxes_ptr: maxes_ptr,
+                sums_ptr: sums_ptr,
+                num_kv_heads: num_kv_heads,
+                row_blocks: row_blocks,
+                k_row_bytes: f32_k_row_bytes(geometry.head_dim),
+                v_row_bytes: 16 * geometry.value_dim.div_ceil(4),
+            });
+            ParamBlock::F32(params.to_bytes())
+        } else {
+            let params = attention_params!(attention_decode, geometry, args, {
+                parts_ptr: parts_ptr,
+                maxes_ptr: maxes_ptr,
+                sums_ptr: sums_ptr,
+                num_kv_heads: num_kv_heads,
+                row_blocks: row_blocks,
+            });
+            ParamBlock::Half(params.to_bytes())
+        };
+        // SAFETY: pointers are there, not null and aligned as the kernel requires, checked above; that they hold the arrays
+        // that the plan describes, and the rest, is the caller's promise. The workspace has room for all splits.
+        unsafe { driver.launch(part.kernel, &launch, params.bytes(), stream)? };
+        let Some(merge) = self.merge else { return Ok(()) };
         let f32_bytes = |n: u32| u64::from(n) * 4;
         let (heads, value_dim) = (u64::from(geometry.num_heads), geometry.value_dim);
         let rows = u64::from(geometry.num_tokens) * heads;
@@ -250,10 +261,20 @@ impl DecodePlan {
             num_parts: self.num_splits,
             num_heads: geometry.num_heads,
             value_dim,
+            split: part.split,
+            cu_seqlens_q_ptr: args.cu_seqlens_q.unwrap_or(0),
+            kv_lens_ptr: args.kv_lens.unwrap_or(0),
+            num_seqs: geometry.num_seqs,
+            num_tokens: geometry.num_tokens,
+            num_kv_rows: geometry.num_kv_rows(),
+            kv_layout: geometry.kv_layout()[0],
+            max_q_len: geometry.max_q_len,
+            max_kv_len: geometry.max_kv_len,
         };
-        let launch = Launch::grid([rows as u32, self.merge_blocks, 1]); // at most 2^31 - 1, seen by `new`
-        // SAFETY: as above; the parts that the merge reads were written by the kernel before it on the stream.
-        unsafe { driver.launch(self.merge, &launch, &params.to_bytes(), stream) }
+        let launch = Launch::grid([merge.blocks[0], merge.blocks[1], 1]);
+        // SAFETY: as above; the parts that the merge reads were written by the kernel before it on the stream: both take the same
+        // queries and splits from the same lengths.
+        unsafe { driver.launch(merge.kernel, &launch, &params.to_bytes(), stream) }
     }
 }
 
@@ -348,8 +369,12 @@ mod tests {
         appended.num_tokens = 64;
         let plan = plan_of(&appended, 99).unwrap();
         assert_eq!(plan.blocks(&plan.unaligned), 8 * 4);
-        let nothing = AttentionProblem { max_kv_len: 0, ..problem(Dtype::BF16, (8, 2), (128, 128)) };
-        assert_eq!(plan_of(&nothing, 99).unwrap().workspace_bytes(), 0);
+        // One split is all: neither workspace nor merge.
+        for max_kv_len in [0, 1, 256] {
+            let problem = AttentionProblem { max_kv_len, ..problem(Dtype::BF16, (8, 2), (128, 128)) };
+            let plan = plan_of(&problem, 99).unwrap();
+            assert_eq!((plan.workspace_bytes(), plan.kernels().len()), (0, 1), "{max_kv_len}");
+        }
     }
 
     #[test]

@@ -221,6 +221,15 @@ impl MergePlan {
             num_parts: num_parts as u32, // at most 2^30, as all of them, seen by `new`
             num_heads: num_heads as u32,
             value_dim: value_dim as u32,
+            split: 0, // all tokens and all parts: nothing else is looked at
+            cu_seqlens_q_ptr: 0,
+            kv_lens_ptr: 0,
+            num_seqs: 0,
+            num_tokens: 0,
+            num_kv_rows: 0,
+            kv_layout: 0,
+            max_q_len: 0,
+            max_kv_len: 0,
         };
         // SAFETY: pointers are not null and aligned as the kernel requires, checked above; that they hold the arrays that
         // the plan describes, and the rest, is the caller's promise.
