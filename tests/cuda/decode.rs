@@ -8,7 +8,7 @@ use crate::common::{
 };
 use crate::{on_devices, staged};
 use gatefold::args::{AttentionInput, AttentionOutput, Kv};
-use gatefold::cuda::driver::{Buffer, Driver};
+use gatefold::cuda::driver::{Buffer, Driver, Limits};
 use gatefold::cuda::{AttentionArgs, AttentionPlan, AttentionProblem, KvShape, Stream};
 use gatefold::spec::{Attention, Mask};
 use gatefold::{Element, Result, View, ViewMut, reference};
@@ -47,8 +47,9 @@ fn check_merge<T: Element, O: Element>(driver: &dyn Driver, layout: Layout, shap
     }
 }
 
+/// FlagGems#5235: also without an access beyond the parts.
 #[test]
-fn merge_is_the_reference() {
+fn merge_is_the_reference_5235() {
     on_devices(false, |driver| {
         let mut rng = Rng::new(seed());
         // Around the 8 warps, the 32 parts of a round, and the 128 columns of a block.
@@ -195,19 +196,53 @@ fn shapes() {
     });
 }
 
-/// Every bucket of widths, and multiples of 8 within them; values of another width than keys.
+/// Every bucket of widths, and multiples of 8 within them; values of another width than keys. flash-attention#28, #277 (80), llama.cpp#20375 (88).
 #[test]
-fn widths() {
+fn head_widths_28() {
     on_devices(false, |driver| {
-        for dims in
-            [(72, 72), (88, 88), (96, 64), (120, 128), (192, 128), (136, 104), (256, 256), (200, 248), (64, 256)]
-        {
+        for dims in [
+            (72, 72),
+            (80, 80),
+            (88, 88),
+            (96, 64),
+            (120, 128),
+            (192, 128),
+            (136, 104),
+            (256, 256),
+            (200, 248),
+            (64, 256),
+        ] {
             let mut options = AttentionOptions::new((4, 2), 0, &[(2, 70), (1, 290)]);
             options.dims = dims;
             options.mask = Mask::causal();
             check_all(driver, &options, 3);
         }
     });
+}
+
+/// flash-attention#801, #2427, flashinfer#3576: heads wider than 256, up to 512 (Gemma).
+#[test]
+fn wide_heads_2427() {
+    on_devices(false, |driver| {
+        for (dims, lens) in [((512, 512), [(1, 40), (2, 530)]), ((264, 264), [(1, 33), (3, 20)])] {
+            let mut options = AttentionOptions::new((4, 2), 0, &lens);
+            (options.dims, options.mask) = (dims, Mask::causal());
+            check_all(driver, &options, 3);
+        }
+    });
+}
+
+/// flash-attention#1471: absorbed MLA on devices with the shared memory of an A100 or a consumer card.
+#[test]
+fn mla_on_small_devices_1471() {
+    for shared_kib in [99, 163] {
+        let driver = Simulator::with_limits(true, Limits::new(80, 108, shared_kib << 10));
+        for heads in [8, 40] {
+            let mut options = AttentionOptions::new((heads, 1), 0, &[(1, 40), (1, 530)]);
+            (options.dims, options.kv) = ((576, 512), KvLayout::Paged(64));
+            check_values(&driver, &AttentionCase::<bf16>::new(&options, 4), Values::OfKeys);
+        }
+    }
 }
 
 /// Absorbed MLA: one key/value head of width 576 whose first 512 columns are the values; few heads, many heads, values apart.
@@ -344,12 +379,206 @@ fn check_bits<T: Element>(driver: &dyn Driver) {
     }
 }
 
+/// flash-attention#1897, #2450, #2604, flashinfer#1675.
 #[test]
-fn attention_bits() {
+fn batch_invariance_1897() {
     on_devices(true, |driver| {
         check_bits::<bf16>(driver);
         check_bits::<f16>(driver);
         check_bits::<f32>(driver);
+    });
+}
+
+/// What a device is told about the lengths of a case, and which bounds its plan has.
+#[derive(Clone, Debug)]
+struct Lengths {
+    cu_seqlens_q: Vec<u32>,
+    /// Prefix sums for ragged rows, else lengths.
+    kv_lens: Vec<u32>,
+    block_table: Vec<u32>,
+    max_q_len: usize,
+    max_kv_len: usize,
+}
+
+impl Lengths {
+    /// Those of the case.
+    fn of<T: Element>(case: &AttentionCase<T>) -> Self {
+        let longest = |len: fn(&(usize, usize)) -> usize| case.options.lens.iter().map(len).max().unwrap_or(0);
+        Lengths {
+            cu_seqlens_q: case.cu_seqlens_q.clone(),
+            kv_lens: if case.options.kv == KvLayout::Ragged { &case.cu_seqlens_kv } else { &case.kv_lens }.clone(),
+            block_table: case.block_table.values(),
+            max_q_len: longest(|lens| lens.0),
+            max_kv_len: longest(|lens| lens.1),
+        }
+    }
+}
+
+/// What stands in the outputs before a launch.
+const UNTOUCHED: u8 = 0xa5;
+
+/// Launches a case of contiguous arrays with these lengths; gives the names of the kernels, too.
+fn launch<T: Element>(
+    driver: &dyn Driver,
+    case: &AttentionCase<T>,
+    lengths: &Lengths,
+    values: Values,
+) -> (AttentionResult<T, f32>, Vec<&'static str>) {
+    fn upload<'a, U: bytemuck::NoUninit>(driver: &'a dyn Driver, data: &[U]) -> Buffer<'a> {
+        Buffer::from_slice(driver, data).unwrap()
+    }
+    fn strides<U: bytemuck::Pod>(array: &Array<U, 4>) -> [usize; 4] {
+        let shape = array.shape();
+        std::array::from_fn(|i| if shape[i] == 1 { 0 } else { shape[i + 1..].iter().product() })
+    }
+    let (spec, [num_tokens, heads, _], [blocks, rows, ..]) = (&case.spec, case.q.shape(), case.k.shape());
+    let kv = match case.options.kv {
+        KvLayout::Ragged => KvShape::ragged(rows),
+        KvLayout::Cache => KvShape::cache(rows),
+        KvLayout::Paged(size) => KvShape::paged(blocks, size, case.block_table.shape()[1]),
+    };
+    let num_seqs = lengths.cu_seqlens_q.len() - 1;
+    let mut problem = AttentionProblem::new(spec.clone(), T::DTYPE, num_seqs, num_tokens, kv);
+    (problem.max_q_len, problem.max_kv_len) = (lengths.max_q_len, lengths.max_kv_len);
+    problem.lse_strides = Some([heads, 1]);
+    problem.mask_strides = case.mask.as_ref().map(strides);
+    problem.bias_strides = case.bias.as_ref().map(strides);
+    if values == Values::OfKeys {
+        problem.v_strides = problem.k_strides;
+    }
+    let plan = AttentionPlan::new(&problem, &driver.limits()).unwrap();
+    let [q, k, v] = [case.q.values(), case.k.values(), case.v.values()].map(|data| upload(driver, &data));
+    let (cu, lens) = (upload(driver, &lengths.cu_seqlens_q), upload(driver, &lengths.kv_lens));
+    let table = upload(driver, &lengths.block_table);
+    let mask = case.mask.as_ref().map(|mask| upload(driver, &mask.values()));
+    let bias = case.bias.as_ref().map(|bias| upload(driver, &bias.values()));
+    let sinks = case.sinks.as_ref().map(|sinks| upload(driver, sinks));
+    let begin = case.kv_begin.as_ref().map(|begin| upload(driver, begin));
+    let out = upload(driver, &vec![UNTOUCHED; num_tokens * heads * spec.value_dim * size_of::<T>()]);
+    let lse = upload(driver, &vec![UNTOUCHED; num_tokens * heads * 4]);
+    let workspace = Buffer::new(driver, plan.workspace_bytes()).unwrap();
+    let v = if values == Values::OfKeys { &k } else { &v };
+    let mut args = AttentionArgs::new(q.ptr(), k.ptr(), v.ptr(), out.ptr());
+    (args.lse, args.workspace) = (Some(lse.ptr()), workspace.ptr());
+    (args.cu_seqlens_q, args.kv_lens) = (Some(cu.ptr()), Some(lens.ptr()));
+    args.block_table = matches!(case.options.kv, KvLayout::Paged(_)).then_some(table.ptr());
+    (args.mask, args.bias) = (mask.as_ref().map(Buffer::ptr), bias.as_ref().map(Buffer::ptr));
+    (args.sinks, args.kv_begin) = (sinks.as_ref().map(Buffer::ptr), begin.as_ref().map(Buffer::ptr));
+    // SAFETY: all buffers have the sizes of the problem and outlive the reads below, which wait.
+    unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
+    let result = AttentionResult { out: out.to_vec(Stream::LEGACY).unwrap(), lse: lse.to_vec(Stream::LEGACY).unwrap() };
+    (result, plan.kernels())
+}
+
+/// The bits of one split that is written at once are those of the merge.
+fn check_one_split<T: Element>(driver: &dyn Driver) {
+    let mut options = AttentionOptions::new((4, 2), 0, &[(3, 200), (1, 256), (2, 0), (4, 2), (1, 100)]);
+    options.left_padding = true;
+    for (dims, sinks, causal, mask, bias) in [
+        ((64, 64), Sinks::None, true, DenseMask::None, DenseBias::None),
+        ((128, 128), Sinks::Finite, true, DenseMask::None, DenseBias::None),
+        ((192, 128), Sinks::None, false, DenseMask::Full, DenseBias::None),
+        ((72, 136), Sinks::WithMinusInf, true, DenseMask::PerKey, DenseBias::PerKey),
+        ((33, 20), Sinks::Finite, true, DenseMask::Full, DenseBias::PerHead),
+        ((40, 250), Sinks::None, true, DenseMask::None, DenseBias::PerKey),
+    ] {
+        options.mask = if causal { Mask::causal() } else { Mask::default() };
+        (options.dims, options.sinks, options.dense_mask, options.bias) = (dims, sinks, mask, bias);
+        let mut case = AttentionCase::<T>::new(&options, 12);
+        for special in [None, Some(f32::INFINITY), Some(f32::NAN)] {
+            if let Some(special) = special {
+                let [block, row] = case.place(0, 199);
+                case.v.set([block, row, 1, 3], T::from_f32(special));
+                case.k.set([block, row, 0, 3], T::from_f32(special));
+                case.sinks.iter_mut().for_each(|sinks| sinks[1] = special);
+            }
+            let mut lengths = Lengths::of(&case);
+            let (whole, kernels) = launch(driver, &case, &lengths, Values::Own);
+            assert_eq!(kernels.len(), 1);
+            lengths.max_kv_len = 512;
+            let (merged, kernels) = launch(driver, &case, &lengths, Values::Own);
+            assert_eq!(kernels.len(), 2);
+            let tokens = whole.lse.len() / 4;
+            let same = bits(&whole, 0..tokens, 4) == bits(&merged, 0..tokens, 4);
+            assert!(same, "{} {options:?} {special:?}", T::DTYPE);
+        }
+    }
+}
+
+#[test]
+fn one_split_has_the_bits_of_the_merge() {
+    on_devices(true, |driver| {
+        check_one_split::<bf16>(driver);
+        check_one_split::<f16>(driver);
+        check_one_split::<f32>(driver);
+        for (heads, values) in [(16, Values::OfKeys), (40, Values::OfKeys), (8, Values::Own)] {
+            let mut options = AttentionOptions::new((heads, 1), 0, &[(1, 500), (1, 70)]);
+            (options.dims, options.sinks) = ((576, 512), Sinks::Finite);
+            let case = AttentionCase::<bf16>::new(&options, 12);
+            let mut lengths = Lengths::of(&case);
+            let (whole, kernels) = launch(driver, &case, &lengths, values);
+            lengths.max_kv_len = 570;
+            let (merged, merge) = launch(driver, &case, &lengths, values);
+            assert_eq!((kernels.len(), merge.len()), (1, 2));
+            assert!(bits(&whole, 0..2, heads) == bits(&merged, 0..2, heads), "{heads} heads, values {values:?}");
+        }
+    });
+}
+
+/// vllm#51902: a query's bits do not depend on how many queries the longest sequence has.
+#[test]
+fn longest_query_51902() {
+    on_devices(true, |driver| {
+        let options = with!(AttentionOptions::new((4, 1), 64, &[(1, 290), (9, 40)]), mask: Mask::causal());
+        let case = AttentionCase::<bf16>::new(&options, 6);
+        let mut lengths = Lengths::of(&case);
+        let (expected, _) = launch(driver, &case, &lengths, Values::Own);
+        for max_q_len in [10, 16] {
+            lengths.max_q_len = max_q_len;
+            let (found, _) = launch(driver, &case, &lengths, Values::Own);
+            assert!(bits(&found, 0..10, 4) == bits(&expected, 0..10, 4), "{max_q_len}");
+        }
+    });
+}
+
+/// Tokens of no sequence, and those beyond the bound of the queries, are left as they are, whatever the workspace held.
+fn check_left<T: Element>(driver: &dyn Driver) {
+    for kv in [KvLayout::Ragged, KvLayout::Paged(16)] {
+        let options =
+            with!(AttentionOptions::new((2, 1), 64, &[(2, 300), (3, 40), (2, 20)]), kv: kv, sinks: Sinks::Finite);
+        let case = AttentionCase::<T>::new(&options, 9);
+        for max_kv_len in [300, 256, 0] {
+            let lengths = with!(Lengths::of(&case), max_kv_len: max_kv_len);
+            let (all, _) = launch(driver, &case, &lengths, Values::Own);
+            // Which tokens are left; a sequence that is there as a whole has its bits.
+            for (cu_seqlens_q, max_q_len, left) in [
+                (vec![0, 2, 5, 7], 3, vec![]),
+                (vec![0, 2, 5, 5], 3, vec![5, 6]),
+                (vec![0, 2], 3, vec![2, 3, 4, 5, 6]),
+                (vec![2, 2, 5, 7], 3, vec![0, 1]),
+                (vec![0, 2, 5, 7], 2, vec![4]),
+                (vec![0, 0, 0, 0], 3, vec![0, 1, 2, 3, 4, 5, 6]),
+            ] {
+                let lengths = Lengths { cu_seqlens_q, max_q_len, ..lengths.clone() };
+                let (found, _) = launch(driver, &case, &lengths, Values::Own);
+                for token in 0..7 {
+                    let (row, expected) = (bits(&found, token..token + 1, 2), bits(&all, token..token + 1, 2));
+                    let untouched = row.iter().all(|byte| *byte == UNTOUCHED);
+                    assert_eq!(untouched, left.contains(&token), "{} token {token}: {kv:?} {lengths:?}", T::DTYPE);
+                    // The second sequence has other positions where its queries are cut off.
+                    let cut = max_q_len == 2 && (2..5).contains(&token);
+                    assert!(untouched || cut || row == expected, "{} token {token}: {kv:?} {lengths:?}", T::DTYPE);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn tokens_of_no_sequence_are_left() {
+    on_devices(true, |driver| {
+        check_left::<bf16>(driver);
+        check_left::<f32>(driver);
     });
 }
 
@@ -632,52 +861,176 @@ fn nan_hidden_by_position_and_mask_1745() {
 }
 
 /// Lengths, prefix sums and pages that are wrong lead nowhere: the kernels stay inside of the arrays, and other sequences are right.
+fn check_wrong_lengths<T: Element>(driver: &dyn Driver) {
+    const MAX: u32 = u32::MAX;
+    for kv in [KvLayout::Ragged, KvLayout::Cache, KvLayout::Paged(16)] {
+        let options = AttentionOptions::new((2, 1), 64, &[(1, 40), (1, 300), (1, 20)]);
+        let options = with!(options, kv: kv, mask: Mask::causal());
+        let case = AttentionCase::<T>::new(&options, 9);
+        let right = Lengths::of(&case);
+        let (clean, _) = launch(driver, &case, &right, Values::Own);
+        let check = |wrong: Lengths, good: &[usize]| {
+            let (found, _) = launch(driver, &case, &wrong, Values::Own);
+            for token in good.iter().copied() {
+                let same = bits(&found, token..token + 1, 2) == bits(&clean, token..token + 1, 2);
+                assert!(same, "{} token {token}: {kv:?} {wrong:?}", T::DTYPE);
+            }
+        };
+        // Keys of the second sequence.
+        for kv_lens in match kv {
+            KvLayout::Ragged => vec![[0, 40, MAX, MAX], [0, 40, 7, 27], [0, 40, 40, 9], [0, 40, 1 << 31, 5]],
+            _ => vec![[40, MAX, 20, 0], [40, 1 << 31, 20, 0], [40, 0, 20, 0]],
+        } {
+            let good: &[usize] = if kv == KvLayout::Ragged { &[0] } else { &[0, 2] };
+            check(with!(right.clone(), kv_lens: kv_lens.to_vec()), good);
+        }
+        if let KvLayout::Paged(_) = kv {
+            let width = case.block_table.shape()[1];
+            let mut wrong = with!(right.clone(), kv_lens: vec![40, MAX, 20]);
+            wrong.block_table[width..2 * width].fill(MAX - 3);
+            check(wrong, &[0, 2]);
+        }
+        // Queries: decreasing, beyond the array, and none that begins at 0; the bound keeps sequences from sharing a token. Those
+        // whose both ends are right have their bits.
+        for (sums, max_q_len, good) in [
+            ([0, 2, 1, 3], 1, vec![]),
+            ([0, 3, 2, 3], 2, vec![]),
+            ([0, 1, 9, MAX], 1, vec![0, 1]),
+            ([0, 1, 9, MAX], 3, vec![0]),
+            ([0, 1, 2, MAX], 3, vec![0, 1, 2]),
+            ([MAX, 0, 1, 2], 3, vec![]),
+            ([3, 2, 1, 0], 3, vec![]),
+            ([5, 5, 5, 5], 3, vec![]),
+            ([1 << 31, 1 << 31, 2, 3], 3, vec![2]),
+            ([0, 1, 1, 3], 3, vec![0]),
+        ] {
+            check(Lengths { cu_seqlens_q: sums.to_vec(), max_q_len, ..right.clone() }, &good);
+        }
+    }
+}
+
 #[test]
 fn wrong_lengths_are_cut_off() {
     on_devices(true, |driver| {
-        let mut options = AttentionOptions::new((2, 1), 64, &[(1, 40), (1, 300), (1, 20)]);
-        options.mask = Mask::causal();
-        options.kv = KvLayout::Paged(16);
-        let case = AttentionCase::<f16>::new(&options, 9);
-        let clean: AttentionResult<f16, f32> =
-            case.run(|spec, input, output| staged::attention(driver, spec, input, output));
-        // As `case`, but what the device reads is wrong for the second sequence.
-        let spec = &case.spec;
-        let mut problem = AttentionProblem::new(
-            spec.clone(),
-            f16::DTYPE,
-            3,
-            3,
-            KvShape::paged(case.k.shape()[0], 16, case.block_table.shape()[1]),
-        );
-        problem.max_q_len = 1;
-        let plan = AttentionPlan::new(&problem, &driver.limits()).unwrap();
-        let upload = |data: &[u8]| Buffer::from_slice(driver, data).unwrap();
-        let (q, k, v) = (case.q.values(), case.k.values(), case.v.values());
-        let (q, k, v) =
-            (upload(bytemuck::cast_slice(&q)), upload(bytemuck::cast_slice(&k)), upload(bytemuck::cast_slice(&v)));
-        let cu = upload(bytemuck::cast_slice(&case.cu_seqlens_q));
-        let mut table = case.block_table.values();
-        let width = case.block_table.shape()[1];
-        table[width..2 * width].fill(u32::MAX - 3);
-        let (table, lens) =
-            (upload(bytemuck::cast_slice(&table)), upload(bytemuck::cast_slice(&[40u32, u32::MAX, 20])));
-        let out = Buffer::new(driver, 3 * 2 * 64 * 2).unwrap();
-        let workspace = Buffer::new(driver, plan.workspace_bytes()).unwrap();
-        let mut args = AttentionArgs::new(q.ptr(), k.ptr(), v.ptr(), out.ptr());
-        args.cu_seqlens_q = Some(cu.ptr());
-        args.kv_lens = Some(lens.ptr());
-        args.block_table = Some(table.ptr());
-        args.workspace = workspace.ptr();
-        // SAFETY: all buffers have the sizes of the problem and outlive the read below, which waits.
-        unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
-        let found = out.to_vec::<f16>(Stream::LEGACY).unwrap();
-        for token in [0, 2] {
-            let row = token * 128..(token + 1) * 128;
-            let (found, clean): (&[u8], &[u8]) =
-                (bytemuck::cast_slice(&found[row.clone()]), bytemuck::cast_slice(&clean.out[row]));
-            assert!(found == clean, "token {token}");
+        check_wrong_lengths::<f16>(driver);
+        check_wrong_lengths::<f32>(driver);
+    });
+}
+
+/// ik_llama.cpp#2344, cubecl#1070: a first tile and a first split that are hidden as a whole, with sinks and without.
+#[test]
+fn leading_hidden_keys_2344() {
+    on_devices(false, |driver| {
+        for (hidden, sinks) in
+            [(64, Sinks::None), (64, Sinks::Finite), (256, Sinks::Finite), (290, Sinks::WithMinusInf)]
+        {
+            let mut options = AttentionOptions::new((4, 2), 64, &[(2, 300)]);
+            (options.sinks, options.dense_mask) = (sinks, DenseMask::Full);
+            let mut case = AttentionCase::<bf16>::new(&options, 4);
+            let mask = case.mask.as_mut().unwrap();
+            for (h, i) in [0, 1, 2, 3].into_iter().flat_map(|h| [(h, 0), (h, 1)]) {
+                (0..hidden).for_each(|j| mask.set([0, h, i, j], 0));
+            }
+            check(driver, &case);
+            check(driver, &AttentionCase::<f32> { mask: case.mask.clone(), ..AttentionCase::new(&options, 4) });
         }
+    });
+}
+
+/// flashinfer#4401: scores that are very low are scores; nothing stands for -inf but itself.
+#[test]
+fn low_scores_are_no_sentinel_4401() {
+    let inf = f32::INFINITY;
+    let cases = [
+        ([-5e4, -inf, -9e4], -inf),
+        ([-1e30, -inf, -inf], -inf),
+        ([-inf, -inf, -3e38], -inf),
+        ([-5e4, -inf, -inf], -7e4),
+    ];
+    on_devices(false, |driver| {
+        check_scores::<f32>(driver, &cases);
+        check_scores::<bf16>(driver, &cases);
+    });
+}
+
+/// transformers#39408, vllm#3385, flash-attention#1133, #1366: windows whose edge lies at the edge of a tile or of a split, or beside it.
+#[test]
+fn window_edges_39408() {
+    on_devices(false, |driver| {
+        let mut rng = Rng::new(seed());
+        for edge in [0, 1, 31, 32, 33, 63, 64, 65, 255, 256, 257, 299] {
+            // The last query's first key is `edge`, the first one's two before it.
+            let mut options = AttentionOptions::new((2, 1), 64, &[(3, 300)]);
+            options.mask = Mask::causal();
+            options.mask.window_left = Some(299 - edge);
+            options.starts = rng.chance(0.5);
+            check(driver, &AttentionCase::<bf16>::new(&options, rng.next()));
+            check(driver, &AttentionCase::<f32>::new(&options, rng.next()));
+        }
+    });
+}
+
+/// flash-attention#1576, #352: the tree of a speculative decode: each query sees the prompt, its ancestors and itself.
+#[test]
+fn tree_mask_1576() {
+    on_devices(false, |driver| {
+        let parents = [0, 0, 0, 1, 1, 2, 5];
+        let (queries, prompt) = (parents.len(), 270);
+        let lens = [(queries, prompt + queries), (queries, 10 + queries)];
+        for kv in [KvLayout::Ragged, KvLayout::Paged(16)] {
+            let mut options = AttentionOptions::new((4, 1), 64, &lens);
+            (options.kv, options.dense_mask) = (kv, DenseMask::Full);
+            let mut case = AttentionCase::<bf16>::new(&options, 4);
+            let mask = case.mask.as_mut().unwrap();
+            for (seq, (_, len)) in lens.into_iter().enumerate() {
+                for (h, i) in (0..4).flat_map(|h| (0..queries).map(move |i| (h, i))) {
+                    let tail = len - queries;
+                    (0..len).for_each(|j| mask.set([seq, h, i, j], u8::from(j < tail)));
+                    let mut node = i;
+                    while node > 0 {
+                        mask.set([seq, h, i, tail + node], 1);
+                        node = parents[node];
+                    }
+                    mask.set([seq, h, i, tail], 1);
+                }
+            }
+            check(driver, &case);
+        }
+    });
+}
+
+/// flash-attention#1797, #1819, flashinfer's sinks: a sink counts once, whatever the number of splits. Here it has most of the weight.
+#[test]
+fn sinks_over_splits_1797() {
+    on_devices(false, |driver| {
+        for kv_len in [3, 256, 257, 800] {
+            let options = AttentionOptions::new((4, 2), 64, &[(1, kv_len), (2, kv_len)]);
+            let options = with!(options, sinks: Sinks::Finite);
+            let sinks = Some((0..4).map(|h| (kv_len as f32).ln() + h as f32).collect());
+            check(driver, &with!(AttentionCase::<bf16>::new(&options, 5), sinks: sinks.clone()));
+            check(driver, &with!(AttentionCase::<f32>::new(&options, 5), sinks: sinks));
+        }
+    });
+}
+
+/// vllm#40737: a dimension of one element has no stride, whatever the caller says.
+#[test]
+fn stride_of_one_element_40737() {
+    on_devices(true, |driver| {
+        let options = AttentionOptions::new((1, 1), 64, &[(1, 70)]);
+        let case = AttentionCase::<bf16>::new(&options, 10);
+        let expected: AttentionResult<bf16, f32> =
+            case.run(|spec, input, output| staged::attention(driver, spec, input, output));
+        let found: AttentionResult<bf16, f32> = case.run(|spec, input, output| {
+            let odd = usize::MAX / 64 - 1;
+            let q = View::with_strides(input.q.data(), [1, 1, 64], [odd, 7, 1]);
+            staged::attention(driver, spec, &with!(*input, q: q), output)
+        });
+        assert!(bits(&found, 0..1, 1) == bits(&expected, 0..1, 1));
+        let mut problem = AttentionProblem::new(case.spec.clone(), bf16::DTYPE, 1, 1, KvShape::ragged(70));
+        (problem.q_strides, problem.k_strides[2], problem.out_strides) = ([3, 7], 5, [9, 11]);
+        let plan = AttentionPlan::new(&problem, &driver.limits()).unwrap();
+        assert_eq!(plan.kernels()[0], "gatefold_attention_decode_bf16_64_64");
     });
 }
 
@@ -726,6 +1079,56 @@ fn far_offsets_1500() {
             }
             assert!(found == near.out[token * 128..(token + 1) * 128], "token {token}");
         }
+    });
+}
+
+/// Automodel#3802: elements of a mask and of a bias, and entries of a block table, more than 2^31 bytes apart. Needs 15 GB on the device.
+#[test]
+fn far_mask_3802() {
+    on_devices(true, |driver| {
+        let mut options = AttentionOptions::new((2, 1), 64, &[(2, 40), (2, 33)]);
+        (options.kv, options.dense_mask, options.bias) = (KvLayout::Paged(16), DenseMask::Full, DenseBias::PerKey);
+        let case = AttentionCase::<bf16>::new(&options, 10);
+        let (near, _) = launch(driver, &case, &Lengths::of(&case), Values::Own);
+        let far = (1_usize << 31) + 64;
+        let mut shape = KvShape::paged(case.k.shape()[0], 16, case.block_table.shape()[1]);
+        if let KvShape::Paged { block_table_stride, .. } = &mut shape {
+            *block_table_stride = far / 4;
+        }
+        let mut problem = AttentionProblem::new(case.spec.clone(), bf16::DTYPE, 2, 4, shape);
+        (problem.max_q_len, problem.max_kv_len) = (2, 40);
+        problem.lse_strides = Some([2, 1]);
+        problem.mask_strides = Some([far, 80, 40, 1]);
+        problem.bias_strides = Some([far / 4, 0, 0, 1]);
+        let plan = AttentionPlan::new(&problem, &driver.limits()).unwrap();
+        // The halves of an array, `far` bytes apart.
+        let spread = |data: &[u8]| {
+            let half = data.len() / 2;
+            let buffer = Buffer::new(driver, far + half).unwrap();
+            for (i, block) in data.chunks_exact(half).enumerate() {
+                // SAFETY: the buffer has room for both halves, and nothing runs.
+                unsafe { driver.copy_to_device(buffer.ptr() + (i * far) as u64, block).unwrap() };
+            }
+            buffer
+        };
+        let mask = spread(&case.mask.as_ref().unwrap().values());
+        let bias = spread(bytemuck::cast_slice(&case.bias.as_ref().unwrap().values()));
+        let table = spread(bytemuck::cast_slice(&case.block_table.values()));
+        let [q, k, v] =
+            [case.q.values(), case.k.values(), case.v.values()].map(|data| Buffer::from_slice(driver, &data).unwrap());
+        let (out, lse) = (Buffer::new(driver, 4 * 128 * 2).unwrap(), Buffer::new(driver, 4 * 2 * 4).unwrap());
+        let cu = Buffer::from_slice(driver, &case.cu_seqlens_q).unwrap();
+        let lens = Buffer::from_slice(driver, &case.kv_lens).unwrap();
+        let workspace = Buffer::new(driver, plan.workspace_bytes()).unwrap();
+        let mut args = AttentionArgs::new(q.ptr(), k.ptr(), v.ptr(), out.ptr());
+        (args.cu_seqlens_q, args.kv_lens, args.block_table) = (Some(cu.ptr()), Some(lens.ptr()), Some(table.ptr()));
+        (args.mask, args.bias, args.lse) = (Some(mask.ptr()), Some(bias.ptr()), Some(lse.ptr()));
+        args.workspace = workspace.ptr();
+        // SAFETY: all buffers have the shapes and strides of the problem; the reads below wait.
+        unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
+        let out = out.to_vec::<bf16>(Stream::LEGACY).unwrap();
+        let found = AttentionResult { out, lse: lse.to_vec(Stream::LEGACY).unwrap() };
+        assert!(bits(&found, 0..4, 2) == bits(&near, 0..4, 2));
     });
 }
 
