@@ -30,6 +30,9 @@ pub const MAX_TILE: usize = 12;
 const LINE_BYTES: usize = 64;
 const LINE_SUMS: usize = LINE_BYTES / 4;
 
+/// How far ahead a lone tile asks for its own weights: one page, at whose end the hardware's foresight stops.
+const STREAM_AHEAD: usize = 4096;
+
 /// Tiles of tokens in a block.
 const BLOCK_TILES: usize = 8;
 
@@ -186,7 +189,8 @@ impl<P: Product> Following<'_, P> {
 ///
 /// With several tiles, each asks for its share of the next chunk of weights, so that memory works while the tiles compute: else
 /// the first tile of a chunk would wait for memory and the others leave it idle. A lone tile is bound by memory anyway, and
-/// reads a stream that the hardware foresees. `following` is what this worker will probably read next.
+/// reads a stream that the hardware foresees, but for f16: a step of 64 bytes leaves no time in which to wait at the end of a page,
+/// so it asks for the next page itself. `following` is what this worker will probably read next.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 pub fn multiply<S: Simd, P: Product>(
@@ -223,9 +227,16 @@ pub fn multiply<S: Simd, P: Product>(
             } else {
                 following.weights.as_ptr()
             };
-            let stride = if num_tiles > 1 { (P::STEP_WEIGHTS * size_of::<P::W>()).div_ceil(num_tiles) } else { 0 };
+            let step_bytes = P::STEP_WEIGHTS * size_of::<P::W>();
+            let (first_ahead, stride) = if num_tiles > 1 {
+                (next.cast::<u8>(), step_bytes.div_ceil(num_tiles))
+            } else if step_bytes <= LINE_BYTES {
+                (chunk.as_ptr().cast::<u8>().wrapping_add(STREAM_AHEAD), step_bytes)
+            } else {
+                (next.cast::<u8>(), 0)
+            };
             for (i, tile) in tiles(S::TILE_TOKENS, tokens).enumerate() {
-                let ahead = Ahead { at: next.cast::<u8>().wrapping_add(i * stride * (end - start)), stride };
+                let ahead = Ahead { at: first_ahead.wrapping_add(i * stride * (end - start)), stride };
                 let at = if whole { 0 } else { ((panel - panels.start) * rows + tile.row) * PANEL };
                 // The next tile's sums, if there are some.
                 if start > 0 {
