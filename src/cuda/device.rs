@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
 use crate::cuda::driver::{Driver, Launch, Limits, Recorder, Stream};
-use crate::cuda::kernels::Kernel;
+use crate::cuda::kernels::{self, Kernel};
 use crate::cuda::sys::{
     Api, CUcontext, CUdevice, CUdevice_attribute, CUevent, CUfunction, CUfunction_attribute, CUgraphExec,
     CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUmodule, CUstream,
@@ -19,7 +19,15 @@ use crate::error::{Error, Result};
 const MIN_SM: u32 = 80;
 
 /// Largest number of parameters of a kernel of this crate.
-const MAX_PARAMS: usize = 32;
+const MAX_PARAMS: usize = {
+    let (mut most, mut i) = (0, 0);
+    while i < kernels::ALL.len() {
+        let params = kernels::ALL[i].params.len();
+        most = if params > most { params } else { most };
+        i += 1;
+    }
+    most
+};
 
 /// A CUDA device, with the kernels of this crate that are loaded on it.
 ///
