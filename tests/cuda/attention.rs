@@ -563,6 +563,35 @@ fn counters() {
     }
 }
 
+/// The same in f32, per multiply-add of a warp instead of an MMA.
+#[test]
+fn counters_f32() {
+    for (dim, recorded) in [(64, 296064), (128, 462976)] {
+        let (rows, tile) = (16, 32);
+        let counted = |kv_len: usize| {
+            let simulator = Simulator::new(false);
+            // Eight heads, so that the call is no decode.
+            let options = AttentionOptions::new((8, 1), dim, &[(rows, kv_len)]);
+            let case = AttentionCase::<f32>::new(&options, 1);
+            case.run(|spec, input, output| staged::attention::<f32>(&simulator, spec, input, output));
+            let [(_, counters)] = &simulator.take_counters()[..] else { panic!("one launch") };
+            *counters
+        };
+        let (few, many) = (counted(2 * tile), counted(6 * tile));
+        assert_eq!(many.conflict_degree(), 1.0);
+        let bytes = (8 * 4 * tile * 2 * dim * 4) as u64;
+        assert_eq!(many.global_bytes - few.global_bytes, bytes, "keys and values, each once per head");
+        assert_eq!(many.global_sectors - few.global_sectors, bytes / 32, "in whole sectors");
+        let fmas = (8 * 4 * tile * 2 * dim * rows / 32) as u64;
+        let instructions = many.instructions - few.instructions;
+        println!(
+            "head_dim {dim}: {instructions} instructions for {fmas} FMAs, {:.2} each",
+            instructions as f64 / fmas as f64
+        );
+        assert_eq!(instructions, recorded, "instructions for 4 tiles of 8 heads");
+    }
+}
+
 /// Real sizes, where there is a GPU.
 #[test]
 fn real_sizes() {

@@ -89,8 +89,8 @@ fn check_nan_behind_mask<T: Element>(driver: &dyn Driver) {
             (0..dim).for_each(|d| case.v.set([block, row, 0, d], spoil));
         }
         // Queries that may not see a key differ in what hides it from them; every tenth of the other keys is hidden, too.
-        let is_hidden = |query: usize, key: usize| hidden.contains(&key) || (query * 7 + key) % 10 == 0;
-        let by_mask = |query: usize, key: usize| masked && !(biased && (query + key) % 2 == 0);
+        let is_hidden = |query: usize, key: usize| hidden.contains(&key) || (query * 7 + key).is_multiple_of(10);
+        let by_mask = |query: usize, key: usize| masked && !(biased && (query + key).is_multiple_of(2));
         let pairs = || (0..queries).flat_map(|query| (0..keys).map(move |key| (query, key)));
         let shape = [1, 1, queries, keys];
         if masked {
@@ -215,7 +215,7 @@ fn automodel_3802_far_masks() {
     let (rows, dim) = (65, 64);
     let stride = (1_usize << 31) + 64;
     let data: Vec<bf16> = Rng::new(7).normals(rows * dim, 1.0);
-    let is_shown = |i: usize, j: usize| (i + j) % 3 > 0;
+    let is_shown = |i: usize, j: usize| !(i + j).is_multiple_of(3);
     let mask: Vec<u8> = (0..rows * rows).map(|at| u8::from(is_shown(at / rows, at % rows))).collect();
     let bias: Vec<f32> = Rng::new(8).normals(rows * rows, 1.0);
     let spec = Attention::new(1, 1, dim);
