@@ -229,14 +229,49 @@ impl<T: Float> Job for MoeJob<T> {
 
 // ----------------------------------------------------------------------------- attention
 
+/// Keys or values, `[copies, rows, num_kv_heads, head_dim]`, from the start of a cache line on, where other libraries get them,
+/// too: vectors across two lines are slower to read.
+struct Cache<T> {
+    data: Vec<T>,
+    /// The first number in `data`.
+    start: usize,
+    shape: [usize; 4],
+}
+
+impl<T: Float> Cache<T> {
+    const LINE_BYTES: usize = 64;
+
+    fn random(seed: u64, shape: [usize; 4]) -> Self {
+        let made = random(seed, &shape, 1.0).data;
+        let mut data = vec![T::default(); made.len() + Self::LINE_BYTES / size_of::<T>()];
+        let start = data.as_ptr().align_offset(Self::LINE_BYTES);
+        data[start..][..made.len()].copy_from_slice(&made);
+        Cache { data, start, shape }
+    }
+
+    fn all(&self) -> Array<T> {
+        let len = self.shape.iter().product();
+        Array::new(self.data[self.start..][..len].to_vec(), &self.shape)
+    }
+
+    /// One of the copies.
+    fn view(&self, copy: usize) -> View<'_, T, 3> {
+        let shape = [self.shape[1], self.shape[2], self.shape[3]];
+        View::new(&self.data[self.start + copy * shape.iter().product::<usize>()..], shape)
+    }
+
+    fn bytes(&self) -> f64 {
+        (self.shape.iter().product::<usize>() * size_of::<T>()) as f64
+    }
+}
+
 struct AttentionJob<T> {
     cpu: Cpu,
     spec: Attention,
     /// `[num_tokens, num_heads, head_dim]`
     q: Array<T>,
-    /// `[copies, rows, num_kv_heads, head_dim]`
-    k: Array<T>,
-    v: Array<T>,
+    k: Cache<T>,
+    v: Cache<T>,
     /// `[copies, num_tokens, num_heads, head_dim]`
     out: Array<T>,
     copy: usize,
@@ -246,7 +281,7 @@ impl<T: Float> AttentionJob<T> {
     fn new(cpu: Cpu, queries: usize, keys: usize) -> Self {
         let spec = Attention::causal(32, 4, 128);
         let copies = if queries == 1 { CACHES } else { 1 };
-        let cache = |seed| random(seed, &[copies, keys, spec.num_kv_heads, spec.head_dim], 1.0);
+        let cache = |seed| Cache::random(seed, [copies, keys, spec.num_kv_heads, spec.head_dim]);
         let (k, v) = (cache(1), cache(2));
         let q = random(4, &[queries, spec.num_heads, spec.head_dim], 1.0);
         let out = Array::zeros(&[copies, queries, spec.num_heads, spec.head_dim]);
@@ -255,11 +290,8 @@ impl<T: Float> AttentionJob<T> {
 }
 
 /// One of the copies.
-fn copy_of<'a, T: Float>(k: &'a Array<T>, v: &'a Array<T>, copy: usize) -> Kv<'a, T> {
-    let [copies, rows, heads, width] = k.view().shape();
-    let start = k.data.len() / copies * copy;
-    let part = |array: &'a Array<T>| View::new(&array.data[start..], [rows, heads, width]);
-    Kv::ragged(part(k), part(v), None)
+fn copy_of<'a, T: Float>(k: &'a Cache<T>, v: &'a Cache<T>, copy: usize) -> Kv<'a, T> {
+    Kv::ragged(k.view(copy), v.view(copy), None)
 }
 
 impl<T: Float> Job for AttentionJob<T> {
@@ -274,7 +306,7 @@ impl<T: Float> Job for AttentionJob<T> {
     }
 
     fn check(&mut self) -> Result<(), String> {
-        let [copies, keys, ..] = self.k.view::<4>().shape();
+        let [copies, keys, ..] = self.k.shape;
         let [queries, heads, width] = self.q.view().shape();
         for _ in 0..copies {
             self.call().map_err(|e| e.to_string())?;
@@ -297,13 +329,13 @@ impl<T: Float> Job for AttentionJob<T> {
     }
 
     fn bytes(&self) -> f64 {
-        bytes_of(&self.q) + (bytes_of(&self.k) + bytes_of(&self.v) + bytes_of(&self.out)) / self.k.shape[0] as f64
+        bytes_of(&self.q) + (self.k.bytes() + self.v.bytes() + bytes_of(&self.out)) / self.k.shape[0] as f64
     }
 
     fn write(&self, folder: &mut Folder) -> std::io::Result<()> {
         folder.array("q", &self.q)?;
-        folder.array("k", &self.k)?;
-        folder.array("v", &self.v)?;
+        folder.array("k", &self.k.all())?;
+        folder.array("v", &self.v.all())?;
         folder.array("out", &self.out)
     }
 }

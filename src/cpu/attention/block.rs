@@ -64,15 +64,16 @@ fn run<S: Simd, T: Float, E: Operand, const VECS: usize>(simd: S, run: RunItem<'
     let scratch = &mut scratch;
     let keys: &mut [E] = take(scratch, TILE * key_width);
     let values: &mut [E] = take(scratch, TILE / E::DEPTH * columns);
-    let tile_scores: &mut [f32] = take(scratch, TILE * width);
+    // Few rows are multiplied with keys and values where they are stored.
+    let is_narrow = VECS == 1 && block.is_narrow();
+    let tiles = if is_narrow { panels } else { 1 };
+    let tile_scores: &mut [f32] = take(scratch, tiles * TILE * width);
     let added: &mut [f32] = take(scratch, if problem.has_added() { panels * TILE * width } else { 0 });
     let queries: &mut [E] = take(scratch, panels * key_width * width);
     let total: &mut [f32] = take(scratch, panels * partial_len);
     let own_part: &mut [f32] = take(scratch, panels * partial_len);
-    let decay: &mut [f32] = take(scratch, width);
+    let decay: &mut [f32] = take(scratch, tiles * width);
     let row: &mut [f32] = take(scratch, columns);
-    // Few rows are multiplied with keys and values where they are stored.
-    let is_narrow = VECS == 1 && block.is_narrow();
     let zeros: &mut [T] = take(scratch, columns);
     let zeros = &mut zeros[..spec.value_dim];
     zeros.fill(T::default());
@@ -124,63 +125,77 @@ fn run<S: Simd, T: Float, E: Operand, const VECS: usize>(simd: S, run: RunItem<'
                     .iter_mut()
                     .for_each(|seen| seen[positions.clone()].fill(true));
             }
-            // The rows of the next tile are on their way while this one is multiplied.
             let next = start + TILE;
-            if !is_narrow {
-                pack_tile::<S, T, E>(simd, problem, block, start, &seen[0], (keys, key_width), (values, columns));
+            let has_next = next < last;
+            if is_narrow {
+                let step = narrow::step::<S>();
+                let (ranges, rows) = (&ranges[0], ranges[0].in_tile(start, step)); // all heads have the same
+                if rows.0 >= rows.1 {
+                    continue;
+                }
+                // Meanwhile memory is on its way. All heads' keys, then all heads' values: the values, then the keys of the next
+                // tile, so that the cache holds little. Pairs are multiplied faster than memory answers: a head at a time, and
+                // what the next tile has of the same.
+                let together = if E::DEPTH == 1 { panels } else { 1 };
+                let of_keys = if E::DEPTH == 1 { (start, false) } else { (next, true) };
+                let of_values = (next, E::DEPTH == 1);
+                for first in (0..panels).step_by(together) {
+                    for panel in first..first + together {
+                        tile.find_keys(problem, block, panel, start);
+                        let mut ahead = narrow::Ahead::find(problem, block, panel, (of_keys.0, last), of_keys.1);
+                        let queries = &queries[panel * key_width * width..(panel + 1) * key_width * width];
+                        let chunk = &mut keys[..key_width * step];
+                        let scores = &mut tile_scores[panel * TILE * width..(panel + 1) * TILE * width];
+                        narrow::scores::<S, T, E>(simd, &tile, &mut ahead, (queries, block.rows), chunk, rows, scores);
+                    }
+                    for panel in first..first + together {
+                        let of_panel = panel * TILE * width..(panel + 1) * TILE * width;
+                        let added = problem.has_added().then(|| &added[of_panel.clone()]);
+                        let scores = &mut tile_scores[of_panel];
+                        let mut part = Partial::new(&mut part[panel * partial_len..], width, columns);
+                        let decay = &mut decay[panel * width..(panel + 1) * width];
+                        let place = Place { panel, start, rows };
+                        let state = (&mut part, decay);
+                        weigh_scores::<S, T, E, VECS>(simd, problem, block, place, ranges, added, scores, state);
+                    }
+                    for panel in first..first + together {
+                        tile.find_values(problem, block, panel, start, &seen[panel]);
+                        let mut ahead = narrow::Ahead::find(problem, block, panel, (of_values.0, last), of_values.1);
+                        let weights = &tile_scores[panel * TILE * width..(panel + 1) * TILE * width];
+                        let weights = (bytemuck::cast_slice::<f32, E>(weights), block.rows);
+                        let decay = &decay[panel * width..(panel + 1) * width];
+                        let out = &mut narrow_out[panel * narrow_len..(panel + 1) * narrow_len];
+                        narrow::values::<S, T, E>(simd, &tile, &mut ahead, weights, rows, decay, out);
+                    }
+                }
+                continue;
             }
+            pack_tile::<S, T, E>(simd, problem, block, start, &seen[0], (keys, key_width), (values, columns));
             for (panel, ranges) in ranges.iter().enumerate() {
-                let step = if is_narrow { narrow::step::<S>() } else { block_rows::<S>(VECS) };
-                let rows = ranges.in_tile(start, step);
+                let rows = ranges.in_tile(start, block_rows::<S>(VECS));
                 if rows.0 >= rows.1 {
                     continue;
                 }
                 let queries = &queries[panel * key_width * width..(panel + 1) * key_width * width];
-                let has_next = next < last && (panel == 0 || is_narrow);
-                let ahead = |keys| match is_narrow && has_next {
-                    true => narrow::Ahead::find(problem, block, panel, (next, last), keys),
-                    false => narrow::Ahead::none(),
+                // The rows of the next tile are on their way while this one is multiplied.
+                let ahead = |part, parts, keys| {
+                    if has_next && panel == 0 {
+                        prefetch(simd, problem, block, (next, last), (part, parts), keys);
+                    }
                 };
-                if is_narrow {
-                    tile.find(problem, block, panel, start);
-                    tile.hide(&seen[panel]);
-                    let queries = (queries, block.rows);
-                    let chunk = &mut keys[..key_width * narrow::step::<S>()];
-                    narrow::scores::<S, T, E>(simd, &tile, &mut ahead(true), queries, chunk, rows, tile_scores);
-                } else {
-                    product::scores::<S, E, VECS>(simd, keys, queries, key_width, rows, tile_scores, |part, parts| {
-                        if has_next {
-                            prefetch(simd, problem, block, (next, last), (part, parts), true);
-                        }
-                    });
-                }
+                product::scores::<S, E, VECS>(simd, keys, queries, key_width, rows, tile_scores, |part, parts| {
+                    ahead(part, parts, true);
+                });
                 let added = problem.has_added().then(|| &added[panel * TILE * width..(panel + 1) * TILE * width]);
-                let mut scale = spec.softmax_scale as f32;
-                if problem.has_terms() {
-                    let place = Place { panel, start, rows };
-                    scores::apply_terms::<S, T, VECS>(simd, problem, block, place, added, tile_scores);
-                    scale = 1.0;
-                } else if let Some(added) = added {
-                    scores::hide_masked::<S, VECS>(simd, rows, added, tile_scores);
-                }
-                if !ranges.covers(start, rows) {
-                    scores::hide::<S, VECS>(simd, ranges, start, rows, tile_scores);
-                }
-                let part = Partial::new(&mut part[panel * partial_len..], width, columns);
-                softmax::update::<S, E, VECS>(simd, tile_scores, rows, scale, part.max, part.sum, decay);
+                let mut part = Partial::new(&mut part[panel * partial_len..], width, columns);
+                let place = Place { panel, start, rows };
+                let state = (&mut part, &mut *decay);
+                weigh_scores::<S, T, E, VECS>(simd, problem, block, place, ranges, added, tile_scores, state);
                 let weights: &[E] = bytemuck::cast_slice(tile_scores);
-                if is_narrow {
-                    let weights = (weights, block.rows);
-                    let out = &mut narrow_out[panel * narrow_len..(panel + 1) * narrow_len];
-                    narrow::values::<S, T, E>(simd, &tile, &mut ahead(false), weights, rows, decay, out);
-                } else {
-                    let out = (&*decay, part.out);
-                    product::values::<S, E, VECS>(simd, values, weights, columns, rows, out, |part, parts| {
-                        if has_next {
-                            prefetch(simd, problem, block, (next, last), (part, parts), false);
-                        }
-                    });
-                }
+                let out = (&*decay, part.out);
+                product::values::<S, E, VECS>(simd, values, weights, columns, rows, out, |part, parts| {
+                    ahead(part, parts, false);
+                });
             }
         }
         if is_narrow {
@@ -209,6 +224,32 @@ fn run<S: Simd, T: Float, E: Operand, const VECS: usize>(simd: S, run: RunItem<'
         let total = Partial::new(&mut total[panel * partial_len..], width, columns);
         finish::<S, T, VECS>(simd, problem, block, panel, total, row);
     }
+}
+
+/// Turns the dot products of a panel and a tile into softmax weights, in place; tells the factor on what is summed up so far.
+#[inline(always)]
+fn weigh_scores<S: Simd, T: Float, E: Operand, const VECS: usize>(
+    simd: S,
+    problem: &Problem<'_, T>,
+    block: &Block,
+    place: Place,
+    ranges: &Ranges,
+    added: Option<&[f32]>,
+    scores: &mut [f32],
+    (part, decay): (&mut Partial<'_>, &mut [f32]),
+) {
+    let Place { start, rows, .. } = place;
+    let mut scale = problem.spec.softmax_scale as f32;
+    if problem.has_terms() {
+        scores::apply_terms::<S, T, VECS>(simd, problem, block, place, added, scores);
+        scale = 1.0;
+    } else if let Some(added) = added {
+        scores::hide_masked::<S, VECS>(simd, rows, added, scores);
+    }
+    if !ranges.covers(start, rows) {
+        scores::hide::<S, VECS>(simd, ranges, start, rows, scores);
+    }
+    softmax::update::<S, E, VECS>(simd, scores, rows, scale, part.max, part.sum, decay);
 }
 
 /// Folds a partial result of each panel into the totals.

@@ -43,40 +43,52 @@ impl<'a, T: Float> Rows<'a, T> {
         Rows { keys: [&[]; TILE], values: [zeros; TILE], zeros }
     }
 
-    /// The tile at `start`, a row of the sequence. Beyond the sequence keys repeat and values are 0.
+    /// Keys of the tile at `start`, a row of the sequence. Beyond the sequence they repeat.
     #[inline(always)]
-    pub fn find(&mut self, problem: &Problem<'a, T>, block: &Block, panel: usize, start: usize) {
-        let (kv, spec) = (&problem.input.kv, problem.spec);
-        let (k_data, v_data) = kv.data();
-        let (k_stride, v_stride) = kv.row_strides();
-        let (k_head, v_head) = kv.head_strides();
-        let kv_head = block.kv_head + panel;
+    pub fn find_keys(&mut self, problem: &Problem<'a, T>, block: &Block, panel: usize, start: usize) {
+        let (kv, width) = (&problem.input.kv, problem.spec.head_dim);
+        let (data, stride, head) = (kv.data().0, kv.row_strides().0, kv.head_strides().0);
         let rows = (block.sequence.kv_len - start).min(TILE);
         let mut j = 0;
         while j < rows {
             // Rows at a constant distance: the rest of the sequence, or of a page.
             let run = kv.run(block.sequence.index, start + j);
             let len = run.len.min(rows - j);
-            let (k_at, v_at) = (run.k_offset + kv_head * k_head, run.v_offset + kv_head * v_head);
-            for i in 0..len {
-                self.keys[j + i] = &k_data[k_at + i * k_stride..][..spec.head_dim];
-                self.values[j + i] = &v_data[v_at + i * v_stride..][..self.zeros.len()];
+            let at = run.k_offset + (block.kv_head + panel) * head;
+            for (i, key) in self.keys[j..j + len].iter_mut().enumerate() {
+                *key = &data[at + i * stride..][..width];
             }
             j += len;
         }
         let first = self.keys[0];
         self.keys[rows..].fill(first);
-        self.values[rows..].fill(self.zeros);
     }
 
-    /// Takes the values that no row sees as 0, so that a NaN in them stays there.
+    /// Values of the tile at `start`. Beyond the sequence they are 0, and where no row sees them, so that a NaN in them stays
+    /// there.
     #[inline(always)]
-    pub fn hide(&mut self, seen: &[bool; TILE]) {
-        for (value, seen) in self.values.iter_mut().zip(seen) {
-            if !seen {
-                *value = self.zeros;
+    pub fn find_values(
+        &mut self,
+        problem: &Problem<'a, T>,
+        block: &Block,
+        panel: usize,
+        start: usize,
+        seen: &[bool; TILE],
+    ) {
+        let kv = &problem.input.kv;
+        let (data, stride, head) = (kv.data().1, kv.row_strides().1, kv.head_strides().1);
+        let rows = (block.sequence.kv_len - start).min(TILE);
+        let mut j = 0;
+        while j < rows {
+            let run = kv.run(block.sequence.index, start + j);
+            let len = run.len.min(rows - j);
+            let at = run.v_offset + (block.kv_head + panel) * head;
+            for (i, (value, seen)) in self.values[j..j + len].iter_mut().zip(&seen[j..]).enumerate() {
+                *value = if *seen { &data[at + i * stride..][..self.zeros.len()] } else { self.zeros };
             }
+            j += len;
         }
+        self.values[rows..].fill(self.zeros);
     }
 }
 
@@ -257,12 +269,18 @@ fn dot<S: Simd, T: Float, E: Operand, const COUNT: usize>(
     dots: &mut [f32],
 ) {
     let mut acc = [[simd.zero(); 2]; COUNT];
-    for (query, keys) in queries.chunks_exact(S::LANES).zip(chunk.chunks_exact(2 * S::LANES)) {
-        let keys = [E::load(simd, keys), E::load(simd, &keys[S::LANES..])];
-        let query = &query[row..row + COUNT];
+    let steps = queries.len() / S::LANES;
+    assert!(row + COUNT <= S::LANES && chunk.len() >= steps * 2 * S::LANES);
+    for step in 0..steps {
         ahead.ask(simd, 2 * S::LANES * E::DEPTH);
+        let at = step * 2 * S::LANES;
+        // SAFETY: `step < steps`, so both ranges end within `steps * 2 * LANES`, asserted above.
+        let (low, high) =
+            unsafe { (chunk.get_unchecked(at..at + S::LANES), chunk.get_unchecked(at + S::LANES..at + 2 * S::LANES)) };
+        let keys = [E::load(simd, low), E::load(simd, high)];
         for r in 0..COUNT {
-            let x = E::splat(simd, query[r]);
+            // SAFETY: `step < steps` and `row + r < LANES`: within the `steps * LANES` queries.
+            let x = E::splat(simd, unsafe { *queries.get_unchecked(step * S::LANES + row + r) });
             for v in 0..2 {
                 acc[r][v] = E::multiply_add(simd, x, keys[v], acc[r][v]);
             }
@@ -314,8 +332,9 @@ fn weigh<S: Simd, T: Float, E: Operand, const COUNT: usize>(
 ) {
     let columns = out.len() / ROWS;
     let width = tile.zeros.len();
-    let weights = &weights[first / E::DEPTH * S::LANES..end / E::DEPTH * S::LANES];
-    let values = &tile.values[first..end];
+    let steps = (end - first) / E::DEPTH;
+    let weights = &weights[first / E::DEPTH * S::LANES..];
+    assert!(end <= TILE && row + COUNT <= S::LANES && weights.len() >= steps * S::LANES);
     for at in (0..width).step_by(2 * S::LANES) {
         let mut acc = [[simd.zero(); 2]; COUNT];
         for r in 0..COUNT {
@@ -324,22 +343,21 @@ fn weigh<S: Simd, T: Float, E: Operand, const COUNT: usize>(
                 acc[r][v] = simd.mul(simd.load(&out[(row + r) * columns + at + v * S::LANES..]), decay);
             }
         }
-        for (values, weights) in values.chunks_exact(E::DEPTH).zip(weights.chunks_exact(S::LANES)) {
+        let len = (width - at).min(2 * S::LANES);
+        for step in 0..steps {
             ahead.ask(simd, 2 * S::LANES * E::DEPTH);
-            let values = [values[0], values[E::DEPTH - 1]];
-            let value = if at + 2 * S::LANES <= width {
-                // SAFETY: every row of `Rows::values` has `width` elements, and that many are there.
-                let whole = |row: &[T]| unsafe {
-                    debug_assert!(at + 2 * S::LANES <= row.len());
-                    std::slice::from_raw_parts(row.as_ptr().add(at), 2 * S::LANES)
-                };
-                E::load_columns(simd, values.map(whole))
-            } else {
-                E::load_columns(simd, values.map(|row| &row[at..]))
+            let j = first + step * E::DEPTH;
+            // SAFETY: `j + DEPTH <= end <= TILE`, asserted above; every row of `Rows::values` has `width` elements, at least
+            // `at + len`.
+            let (low, high) = unsafe {
+                let (low, high) = (tile.values.get_unchecked(j), tile.values.get_unchecked(j + E::DEPTH - 1));
+                debug_assert!(low.len() == width && high.len() == width);
+                (low.get_unchecked(at..at + len), high.get_unchecked(at..at + len))
             };
-            let weights = &weights[row..row + COUNT];
+            let value = E::load_columns(simd, [low, high]);
             for r in 0..COUNT {
-                let x = E::splat(simd, weights[r]);
+                // SAFETY: `step < steps` and `row + r < LANES`: within the `steps * LANES` weights asserted above.
+                let x = E::splat(simd, unsafe { *weights.get_unchecked(step * S::LANES + row + r) });
                 for v in 0..2 {
                     acc[r][v] = E::multiply_add(simd, x, value[v], acc[r][v]);
                 }

@@ -157,8 +157,9 @@ impl Plan {
         let added = if self.has_added { panels * TILE * width } else { 0 };
         let narrow = self.columns + self.heads * narrow::ROWS * narrow::padded_columns(self.columns);
         let each = self.key_width * width + 2 * Partial::len(width, self.columns);
-        let words =
-            TILE * (self.key_width + self.columns + width) + added + panels * each + width + self.columns + narrow;
+        // Scores and decay: of one panel, or of all heads of a narrow block.
+        let scores = (TILE + 1) * (2 * self.lanes).max(self.heads * self.lanes);
+        let words = TILE * (self.key_width + self.columns) + scores + added + panels * each + self.columns + narrow;
         words.next_multiple_of(16)
     }
 

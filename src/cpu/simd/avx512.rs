@@ -353,9 +353,12 @@ impl<const BF16: bool> Simd for WithZmm<BF16> {
     #[inline(always)]
     fn zip_pairs(self, even: &[bf16], odd: &[bf16]) -> [__m512i; 2] {
         let (even, odd) = (self.load_halves(even), self.load_halves(odd));
-        // SAFETY: `self` exists, so the CPU has AVX-512 F and BW; each order has 32 words.
-        ZIP.each_ref()
-            .map(|order| unsafe { _mm512_permutex2var_epi16(even, _mm512_loadu_si512(order.as_ptr().cast()), odd) })
+        // SAFETY: `self` exists, so the CPU has AVX-512 F and BW; each order has 32 words. (A closure in `map` might not be
+        // inlined.)
+        unsafe {
+            let orders = [_mm512_loadu_si512(ZIP[0].as_ptr().cast()), _mm512_loadu_si512(ZIP[1].as_ptr().cast())];
+            [_mm512_permutex2var_epi16(even, orders[0], odd), _mm512_permutex2var_epi16(even, orders[1], odd)]
+        }
     }
     #[inline(always)]
     fn transpose(self, rows: &[__m512; MAX_LANES], dst: &mut [f32], stride: usize) {
