@@ -4,7 +4,7 @@
 //! call; a row's result is folded from its parts in order. That makes it independent of everything else in the call.
 
 use super::narrow;
-use super::operand::Operand;
+use super::operand::{Operand, transpose_rows};
 use super::plan::{Item, Plan};
 use super::problem::{Block, Problem};
 use super::product::{self, block_rows};
@@ -13,7 +13,7 @@ use super::softmax::{self, Partial};
 use super::{MAX_PANELS, MAX_WIDTH, SPLIT, TILE};
 use crate::cpu::Float;
 use crate::cpu::parallel::Shared;
-use crate::cpu::simd::{Kernel, Simd};
+use crate::cpu::simd::{Kernel, MAX_LANES, Simd};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// An item with the memory of its worker.
@@ -73,7 +73,7 @@ fn run<S: Simd, T: Float, E: Operand, const VECS: usize>(simd: S, run: RunItem<'
     let total: &mut [f32] = take(scratch, panels * partial_len);
     let own_part: &mut [f32] = take(scratch, panels * partial_len);
     let decay: &mut [f32] = take(scratch, tiles * width);
-    let row: &mut [f32] = take(scratch, columns);
+    let results: &mut [f32] = take(scratch, S::LANES * columns);
     let zeros: &mut [T] = take(scratch, columns);
     let zeros = &mut zeros[..spec.value_dim];
     zeros.fill(T::default());
@@ -81,7 +81,7 @@ fn run<S: Simd, T: Float, E: Operand, const VECS: usize>(simd: S, run: RunItem<'
     let narrow_len = narrow::ROWS * narrow::padded_columns(spec.value_dim);
     let narrow_out: &mut [f32] = take(scratch, block.heads * narrow_len);
 
-    pack_queries::<T, E>(problem, block, key_width, queries);
+    pack_queries::<S, T, E>(simd, problem, block, key_width, queries);
     if !is_narrow {
         // The columns beyond `value_dim` are never packed, and must not hold NaN.
         values.fill(E::zeroed());
@@ -222,7 +222,7 @@ fn run<S: Simd, T: Float, E: Operand, const VECS: usize>(simd: S, run: RunItem<'
     }
     for panel in 0..panels {
         let total = Partial::new(&mut total[panel * partial_len..], width, columns);
-        finish::<S, T, VECS>(simd, problem, block, panel, total, row);
+        finish::<S, T, VECS>(simd, problem, block, panel, total, results);
     }
 }
 
@@ -264,17 +264,35 @@ fn fold_panels<S: Simd, const VECS: usize>(simd: S, total: &mut [f32], part: &mu
 
 /// `queries[panel][step][lane]`; lanes without a row are 0.
 #[inline(always)]
-fn pack_queries<T: Float, E: Operand>(problem: &Problem<'_, T>, block: &Block, key_width: usize, queries: &mut [E]) {
+fn pack_queries<S: Simd, T: Float, E: Operand>(
+    simd: S,
+    problem: &Problem<'_, T>,
+    block: &Block,
+    key_width: usize,
+    queries: &mut [E],
+) {
     let q = &problem.input.q;
-    for (panel, queries) in queries.chunks_exact_mut(key_width * block.width).enumerate() {
+    let width = block.width;
+    for (panel, queries) in queries.chunks_exact_mut(key_width * width).enumerate() {
         let rows = block.panel_rows(panel);
-        if rows < block.width {
+        if rows < width {
             queries.fill(E::zeroed());
         }
-        for lane in 0..rows {
-            let (token, head) = block.token_and_head(problem.spec, panel * block.width + lane);
-            let src = q.row(&[block.sequence.q_begin + token, head]);
-            for (step, column) in queries.chunks_exact_mut(block.width).enumerate() {
+        let row = |lane: usize| {
+            let (token, head) = block.token_and_head(problem.spec, panel * width + lane);
+            q.row(&[block.sequence.q_begin + token, head])
+        };
+        let whole = rows - rows % S::LANES;
+        for first in (0..whole).step_by(S::LANES) {
+            let mut group: [&[T]; MAX_LANES] = [&[]; MAX_LANES];
+            for (i, of_lane) in group[..S::LANES].iter_mut().enumerate() {
+                *of_lane = row(first + i);
+            }
+            transpose_rows(simd, &group[..S::LANES], (&mut queries[first..], width));
+        }
+        for lane in whole..rows {
+            let src = row(lane);
+            for (step, column) in queries.chunks_exact_mut(width).enumerate() {
                 column[lane] = E::gather(src, step);
             }
         }
@@ -359,6 +377,8 @@ fn prefetch<S: Simd, T: Float>(
 }
 
 /// Divides by the sum and writes the rows of one panel.
+///
+/// * `results`: `[LANES][columns]`, scratch memory
 #[inline(always)]
 fn finish<S: Simd, T: Float, const VECS: usize>(
     simd: S,
@@ -366,7 +386,7 @@ fn finish<S: Simd, T: Float, const VECS: usize>(
     block: &Block,
     panel: usize,
     mut total: Partial<'_>,
-    row: &mut [f32],
+    results: &mut [f32],
 ) {
     let spec = problem.spec;
     let width = VECS * S::LANES;
@@ -378,17 +398,24 @@ fn finish<S: Simd, T: Float, const VECS: usize>(
         }
     }
     total.finish::<S, VECS>(simd, spec.sinks.then_some(&sinks[..]));
+    let columns = results.len() / S::LANES;
     for lane in 0..rows {
+        if lane % S::LANES == 0 {
+            // The next rows, from columns.
+            for (block, src) in total.out.chunks_exact(S::LANES * width).enumerate() {
+                let mut vectors = [simd.zero(); MAX_LANES];
+                for (vector, column) in vectors.iter_mut().zip(src.chunks_exact(width)) {
+                    *vector = simd.load(&column[lane..]);
+                }
+                simd.transpose(&vectors, &mut results[block * S::LANES..], columns);
+            }
+        }
         let (token, head) = block.token_and_head(spec, panel * width + lane);
         let token = block.sequence.q_begin + token;
-        let row = &mut row[..spec.value_dim];
+        let row = &mut results[lane % S::LANES * columns..][..spec.value_dim];
         let saw_nothing = total.sum[lane] == 0.0;
         if saw_nothing {
             row.fill(0.0);
-        } else {
-            for (value, column) in row.iter_mut().zip(total.out.chunks_exact(width)) {
-                *value = column[lane];
-            }
         }
         let at = token * problem.out_strides[0] + head * problem.out_strides[1];
         // SAFETY: each pair of token and head is a row of exactly one block, which is finished by one item, and the check of

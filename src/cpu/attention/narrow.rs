@@ -9,7 +9,7 @@
 //! which of the two computed it.
 
 use super::TILE;
-use super::operand::Operand;
+use super::operand::{Operand, transpose_rows};
 use super::problem::{Block, Problem};
 use crate::cpu::Float;
 use crate::cpu::simd::{MAX_LANES, Simd};
@@ -194,7 +194,7 @@ pub fn scores<S: Simd, T: Float, E: Operand>(
     let mut dots = [0.0; ROWS * 2 * MAX_LANES];
     for j in (first..end).step_by(step::<S>()) {
         for half in [0, S::LANES] {
-            transpose_keys::<S, T, E>(simd, &tile.keys[j + half..][..S::LANES], &mut chunk[half..]);
+            transpose_rows(simd, &tile.keys[j + half..][..S::LANES], (&mut chunk[half..], 2 * S::LANES));
         }
         if S::LANES == 16 && rows > 4 {
             dot::<S, T, E, 8>(simd, queries, chunk, 0, ahead, &mut dots);
@@ -211,51 +211,6 @@ pub fn scores<S: Simd, T: Float, E: Operand>(
             simd.transpose(&by_row, &mut scores[(j + half) * S::LANES..], S::LANES);
         }
     }
-}
-
-/// `chunk[step][key] = keys[key][step]` for `LANES` keys, in rows of `2 * LANES`.
-#[inline(always)]
-fn transpose_keys<S: Simd, T: Float, E: Operand>(simd: S, keys: &[&[T]], chunk: &mut [E]) {
-    let width = keys[0].len();
-    let whole = width - width % (S::LANES * E::DEPTH);
-    for at in (0..whole).step_by(S::LANES * E::DEPTH) {
-        let rows = load_rows::<S, T, E>(simd, keys, at);
-        let dst = bytemuck::cast_slice_mut(&mut chunk[at / E::DEPTH * 2 * S::LANES..]);
-        simd.transpose(&rows, dst, 2 * S::LANES);
-    }
-    if whole < width {
-        let mut ends = [[T::default(); 2 * MAX_LANES]; MAX_LANES];
-        for (end, key) in ends.iter_mut().zip(keys) {
-            end[..width - whole].copy_from_slice(&key[whole..]);
-        }
-        let rows = load_rows::<S, T, E>(simd, &ends.each_ref().map(|end| &end[..]), 0);
-        let mut steps = [0.0; MAX_LANES * MAX_LANES];
-        simd.transpose(&rows, &mut steps, S::LANES);
-        let dst: &mut [f32] = bytemuck::cast_slice_mut(&mut chunk[whole / E::DEPTH * 2 * S::LANES..]);
-        let count = (width - whole).div_ceil(E::DEPTH);
-        for (dst, step) in dst.chunks_mut(2 * S::LANES).zip(steps.chunks_exact(S::LANES)).take(count) {
-            dst[..S::LANES].copy_from_slice(step);
-        }
-    }
-}
-
-/// A vector of each of `LANES` keys, from element `at` on. (A loop would have to be unrolled for the vectors to stay in
-/// registers, which the compiler does not promise.)
-#[inline(always)]
-fn load_rows<S: Simd, T: Float, E: Operand>(simd: S, keys: &[&[T]], at: usize) -> [S::F32; MAX_LANES] {
-    #[inline(always)]
-    fn load<S: Simd, T: Float, E: Operand>(simd: S, key: &[T], at: usize) -> S::F32 {
-        E::load_steps(simd, &key[at..])
-    }
-    let mut rows = [simd.zero(); MAX_LANES];
-    macro_rules! load {
-        ($($i:literal)*) => {$(rows[$i] = load::<S, T, E>(simd, keys[$i], at);)*};
-    }
-    load!(0 1 2 3 4 5 6 7);
-    if S::LANES == 16 {
-        load!(8 9 10 11 12 13 14 15);
-    }
-    rows
 }
 
 /// `dots[row + r][..] = sum_step queries[step][row + r] * chunk[step][..]` for `r` in `0..COUNT`.

@@ -4,7 +4,7 @@
 //! and the choice between the two is the same code.
 
 use crate::cpu::Float;
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{MAX_LANES, Simd};
 use crate::element::Dtype;
 use half::bf16;
 
@@ -169,4 +169,50 @@ impl Operand for u32 {
     fn store_weights<S: Simd>(simd: S, weights: [S::F32; 2], dst: &mut [u32]) {
         simd.store_pairs(dst, weights[0], weights[1]);
     }
+}
+
+/// `columns[step][lane]` = step `step` of what [`Operand::pack_row`] makes of `rows[lane]`, for `LANES` rows of one width; a step
+/// takes `stride` values.
+#[inline(always)]
+pub fn transpose_rows<S: Simd, T: Float, E: Operand>(simd: S, rows: &[&[T]], (columns, stride): (&mut [E], usize)) {
+    let width = rows[0].len();
+    let whole = width - width % (S::LANES * E::DEPTH);
+    for at in (0..whole).step_by(S::LANES * E::DEPTH) {
+        let vectors = load_rows::<S, T, E>(simd, rows, at);
+        let dst = bytemuck::cast_slice_mut(&mut columns[at / E::DEPTH * stride..]);
+        simd.transpose(&vectors, dst, stride);
+    }
+    if whole < width {
+        let mut ends = [[T::default(); 2 * MAX_LANES]; MAX_LANES];
+        for (end, row) in ends.iter_mut().zip(rows) {
+            end[..width - whole].copy_from_slice(&row[whole..]);
+        }
+        let vectors = load_rows::<S, T, E>(simd, &ends.each_ref().map(|end| &end[..]), 0);
+        let mut steps = [0.0; MAX_LANES * MAX_LANES];
+        simd.transpose(&vectors, &mut steps, S::LANES);
+        let dst: &mut [f32] = bytemuck::cast_slice_mut(&mut columns[whole / E::DEPTH * stride..]);
+        let count = (width - whole).div_ceil(E::DEPTH);
+        for (dst, step) in dst.chunks_mut(stride).zip(steps.chunks_exact(S::LANES)).take(count) {
+            dst[..S::LANES].copy_from_slice(step);
+        }
+    }
+}
+
+/// A vector of each of `LANES` rows, from element `at` on. (A loop would have to be unrolled for the vectors to stay in
+/// registers, which the compiler does not promise.)
+#[inline(always)]
+fn load_rows<S: Simd, T: Float, E: Operand>(simd: S, rows: &[&[T]], at: usize) -> [S::F32; MAX_LANES] {
+    #[inline(always)]
+    fn load<S: Simd, T: Float, E: Operand>(simd: S, row: &[T], at: usize) -> S::F32 {
+        E::load_steps(simd, &row[at..])
+    }
+    let mut vectors = [simd.zero(); MAX_LANES];
+    macro_rules! load {
+        ($($i:literal)*) => {$(vectors[$i] = load::<S, T, E>(simd, rows[$i], at);)*};
+    }
+    load!(0 1 2 3 4 5 6 7);
+    if S::LANES == 16 {
+        load!(8 9 10 11 12 13 14 15);
+    }
+    vectors
 }

@@ -159,7 +159,12 @@ impl Plan {
         let each = self.key_width * width + 2 * Partial::len(width, self.columns);
         // Scores and decay: of one panel, or of all heads of a narrow block.
         let scores = (TILE + 1) * (2 * self.lanes).max(self.heads * self.lanes);
-        let words = TILE * (self.key_width + self.columns) + scores + added + panels * each + self.columns + narrow;
+        let words = TILE * (self.key_width + self.columns)
+            + scores
+            + added
+            + panels * each
+            + self.lanes * self.columns
+            + narrow;
         words.next_multiple_of(16)
     }
 
