@@ -58,23 +58,48 @@ pub fn update<S: Simd, E: Operand, const VECS: usize>(
         simd.store(&mut max[at..], new);
         simd.store(&mut decay[at..], weight(simd, old, simd.splat(1.0), minus_max[v]));
     }
+    let mut is_finite = true;
+    for v in 0..VECS {
+        is_finite &= simd.max_lane(simd.neg(minus_max[v])) < f32::INFINITY;
+    }
+    if is_finite {
+        replace::<S, E, VECS, true>(simd, scores, (first, end), (scale, &minus_max), &mut sums);
+    } else {
+        replace::<S, E, VECS, false>(simd, scores, (first, end), (scale, &minus_max), &mut sums);
+    }
+    for v in 0..VECS {
+        let at = v * S::LANES;
+        let sum = &mut sum[at..];
+        simd.store(sum, simd.fma(simd.load(sum), simd.load(&decay[at..]), sums[v]));
+    }
+}
+
+/// Replaces the scores by their weights and adds these up. `IS_FINITE`: no maximum is inf, so that no product is.
+#[inline(always)]
+fn replace<S: Simd, E: Operand, const VECS: usize, const IS_FINITE: bool>(
+    simd: S,
+    scores: &mut [f32],
+    (first, end): (usize, usize),
+    (scale, minus_max): (S::F32, &[S::F32; VECS]),
+    sums: &mut [S::F32; VECS],
+) {
+    let width = VECS * S::LANES;
     for j in (first..end).step_by(E::DEPTH) {
         for v in 0..VECS {
             let mut weights = [simd.zero(); 2];
             for d in 0..E::DEPTH {
                 let s = simd.load(&scores[(j + d) * width + v * S::LANES..]);
-                weights[d] = weight(simd, s, scale, minus_max[v]);
+                weights[d] = if IS_FINITE {
+                    exp(simd, simd.fma(s, scale, minus_max[v]))
+                } else {
+                    weight(simd, s, scale, minus_max[v])
+                };
                 sums[v] = simd.add(sums[v], weights[d]);
             }
             // Row j / DEPTH: with pairs the weights follow behind the scores that are read.
             let dst: &mut [E] = bytemuck::cast_slice_mut(scores);
             E::store_weights(simd, weights, &mut dst[j / E::DEPTH * width + v * S::LANES..]);
         }
-    }
-    for v in 0..VECS {
-        let at = v * S::LANES;
-        let sum = &mut sum[at..];
-        simd.store(sum, simd.fma(simd.load(sum), simd.load(&decay[at..]), sums[v]));
     }
 }
 
