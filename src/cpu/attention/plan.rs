@@ -232,8 +232,13 @@ impl Plan {
             };
             let threads = self.threads as u64;
             if self.threads > 1 && parts > 1 && cost * 4 * threads > total {
-                // The first tile of an item was not asked for ahead; with several heads that is more to wait for.
-                let pieces_each = if block.heads > 1 { 4 } else { 8 };
+                // The first tile of an item was not asked for ahead; with several heads that is more to wait for. Where there is
+                // but one block, every thread gets one piece, and memory is read in as many streams.
+                let pieces_each = match block.heads {
+                    0 | 1 => 8,
+                    _ if cost == total => 1,
+                    _ => 4,
+                };
                 let pieces = (cost * pieces_each * threads).div_ceil(total).min(parts as u64) as usize;
                 let parts_each = parts.div_ceil(pieces);
                 item.counter = divided as u32;
