@@ -156,7 +156,7 @@ fn run<S: Simd, T: Float, E: Operand, const VECS: usize>(simd: S, run: RunItem<'
                         let decay = &mut decay[panel * width..(panel + 1) * width];
                         let place = Place { panel, start, rows };
                         let state = (&mut part, decay);
-                        weigh_scores::<S, T, E, VECS>(simd, problem, block, place, ranges, added, scores, state);
+                        weigh_scores::<S, T, E, VECS>(simd, problem, block, place, ranges, (added, scores), state);
                     }
                     for panel in first..first + together {
                         tile.find_values(problem, block, panel, start, &seen[panel]);
@@ -190,7 +190,7 @@ fn run<S: Simd, T: Float, E: Operand, const VECS: usize>(simd: S, run: RunItem<'
                 let mut part = Partial::new(&mut part[panel * partial_len..], width, columns);
                 let place = Place { panel, start, rows };
                 let state = (&mut part, &mut *decay);
-                weigh_scores::<S, T, E, VECS>(simd, problem, block, place, ranges, added, tile_scores, state);
+                weigh_scores::<S, T, E, VECS>(simd, problem, block, place, ranges, (added, &mut *tile_scores), state);
                 let weights: &[E] = bytemuck::cast_slice(tile_scores);
                 let out = (&*decay, part.out);
                 product::values::<S, E, VECS>(simd, values, weights, columns, rows, out, |part, parts| {
@@ -234,8 +234,7 @@ fn weigh_scores<S: Simd, T: Float, E: Operand, const VECS: usize>(
     block: &Block,
     place: Place,
     ranges: &Ranges,
-    added: Option<&[f32]>,
-    scores: &mut [f32],
+    (added, scores): (Option<&[f32]>, &mut [f32]),
     (part, decay): (&mut Partial<'_>, &mut [f32]),
 ) {
     let Place { start, rows, .. } = place;
