@@ -7,6 +7,7 @@ use crate::common::{Layout, Output, Rng, naive};
 use crate::{on_devices, staged};
 use gatefold::args::FfnWeights;
 use gatefold::cuda::driver::{Buffer, Driver, Limits};
+use gatefold::cuda::kernels;
 use gatefold::cuda::{F32Products, GemmRows, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan, Stream};
 use gatefold::spec::{Activation, Ffn, Mla};
 use gatefold::{Dtype, Element, View, ViewMut, reference};
@@ -206,12 +207,12 @@ impl Grouped {
 pub struct Data<T> {
     /// `[source rows][inputs]`
     pub a: Vec<T>,
-    row_token: Vec<u32>,
-    row_weight: Vec<f32>,
+    pub row_token: Vec<u32>,
+    pub row_weight: Vec<f32>,
     /// Gate, up: `[groups][outputs][inputs]`
-    weights: [Vec<T>; 2],
+    pub weights: [Vec<T>; 2],
     /// Gate, up: `[groups][outputs]`
-    biases: [Vec<f32>; 2],
+    pub biases: [Vec<f32>; 2],
 }
 
 impl<T: Element> Data<T> {
@@ -270,12 +271,23 @@ fn tiles(case: &Grouped, class: Option<usize>, max_tiles: usize) -> ([u32; 4], V
 
 /// `out`, from the device. `class`: all rows in tiles of this class, not of that of their group.
 pub fn run_grouped<T: Element>(driver: &dyn Driver, case: &Grouped, data: &Data<T>, class: Option<usize>) -> Vec<T> {
+    run_grouped_to(driver, case, data, class)
+}
+
+/// The same, stored in another type.
+fn run_grouped_to<T: Element, O: Element>(
+    driver: &dyn Driver,
+    case: &Grouped,
+    data: &Data<T>,
+    class: Option<usize>,
+) -> Vec<O> {
     let &Grouped { inputs, outputs, gated, gap, .. } = case;
     let (groups, rows) = (case.sizes.len(), case.rows());
     let max_tiles = rows / 16 + groups;
     let mut problem = GroupedGemm::experts(T::DTYPE, groups, rows, outputs, inputs);
     let max_group_rows = class.map_or(case.sizes.iter().copied().max().unwrap_or(0), |_| rows);
     problem.rows = GemmRows::Listed { max_rows: rows, max_group_rows, max_tiles };
+    problem.out_dtype = O::DTYPE;
     problem.gated = gated;
     problem.f32_products = case.products;
     problem.activation = case.activation;
@@ -316,14 +328,14 @@ pub fn run_grouped<T: Element>(driver: &dyn Driver, case: &Grouped, data: &Data<
     let row_weight = Buffer::from_slice(driver, &data.row_weight).unwrap();
     let (counts, lists) = tiles(case, class, max_tiles);
     let (counts, lists) = (Buffer::from_slice(driver, &counts).unwrap(), Buffer::from_slice(driver, &lists).unwrap());
-    let guard = T::from_f32(-77.0);
+    let guard = O::from_f32(-77.0);
     let lead = gap; // not aligned to pairs where the gap is odd
-    let out = upload(&vec![guard; lead + rows * problem.out_stride + 16]);
+    let out = Buffer::from_slice(driver, &vec![guard; lead + rows * problem.out_stride + 16]).unwrap();
 
     let plan = GroupedGemmPlan::new(&problem, &driver.limits()).unwrap();
     assert_eq!(plan.workspace_bytes(), 0);
     plan.warmup(driver).unwrap();
-    let mut args = GroupedGemmArgs::new(a.ptr(), address(1), out.ptr() + (lead * size_of::<T>()) as u64);
+    let mut args = GroupedGemmArgs::new(a.ptr(), address(1), out.ptr() + (lead * size_of::<O>()) as u64);
     args = args.with_tiles(counts.ptr(), lists.ptr());
     if gated {
         args = args.with_gate(address(0));
@@ -336,7 +348,7 @@ pub fn run_grouped<T: Element>(driver: &dyn Driver, case: &Grouped, data: &Data<
     args.row_weight = case.row_weight.then(|| row_weight.ptr());
     // SAFETY: all buffers have the plan's shapes and strides and outlive the read below, which waits.
     unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
-    let mut memory = out.to_vec::<T>(Stream::LEGACY).unwrap();
+    let mut memory = out.to_vec::<O>(Stream::LEGACY).unwrap();
     let mut found = Vec::new();
     for r in 0..rows {
         let row = &mut memory[lead + r * problem.out_stride..][..outputs];
@@ -395,7 +407,7 @@ fn truth<T: Element>(case: &Grouped, data: &Data<T>) -> Vec<f64> {
 }
 
 /// The textbook method, rounded where the kernel stores.
-fn naive_grouped<T: Element>(case: &Grouped, data: &Data<T>) -> Vec<T> {
+fn naive_grouped<T: Element, O: Element>(case: &Grouped, data: &Data<T>) -> Vec<O> {
     let (mut naive, mut row) = (Vec::new(), 0);
     let starts = starts_for(case.rows() * case.outputs);
     for (group, size) in case.sizes.iter().enumerate() {
@@ -412,7 +424,7 @@ fn naive_grouped<T: Element>(case: &Grouped, data: &Data<T>) -> Vec<T> {
                 };
                 let gate = case.gated.then(|| sum(0));
                 let up = sum(1);
-                naive.push(T::from_f32(case.activation.map_or(up, |act| naive::inner(act, gate, up))));
+                naive.push(O::from_f32(case.activation.map_or(up, |act| naive::inner(act, gate, up))));
             }
             row += 1;
         }
@@ -420,11 +432,15 @@ fn naive_grouped<T: Element>(case: &Grouped, data: &Data<T>) -> Vec<T> {
     naive
 }
 
-pub fn check_grouped<T: Element>(driver: &dyn Driver, case: &Grouped) {
+pub fn check_grouped<T: Element, O: Element>(driver: &dyn Driver, case: &Grouped) {
     let data = Data::<T>::new(case);
-    let found = run_grouped(driver, case, &data, None);
-    let what = format!("{case:?} {}", T::DTYPE);
-    assert_sums(&what, &found, &truth(case, &data), &naive_grouped(case, &data), case.outputs);
+    check_result(case, &data, &run_grouped_to::<T, O>(driver, case, &data, None));
+}
+
+/// Against the reference.
+pub fn check_result<T: Element, O: Element>(case: &Grouped, data: &Data<T>, found: &[O]) {
+    let what = format!("{case:?} {} -> {}", T::DTYPE, O::DTYPE);
+    assert_sums(&what, found, &truth(case, data), &naive_grouped(case, data), case.outputs);
 }
 
 pub const ACTIVATIONS: [Activation; 6] = [
@@ -437,7 +453,7 @@ pub const ACTIVATIONS: [Activation; 6] = [
 ];
 
 /// Every pair of options: activation, layout of the weights, biases, router weight on the input, gather, gaps, size.
-pub fn check_options<T: Element>(driver: &dyn Driver, products: F32Products) {
+pub fn check_options<T: Element, O: Element>(driver: &dyn Driver, products: F32Products) {
     let is_clamped = |activation: usize| activation == 5;
     let pairs = pairwise(&[7, 4, 2, 2, 2, 3, 2, 2], crate::common::seed(), |x| {
         let gated = x[6] == 1;
@@ -456,21 +472,23 @@ pub fn check_options<T: Element>(driver: &dyn Driver, products: F32Products) {
         case.gap = [0, 3, 8][x[5]];
         case.seed = i as u64;
         case.products = products;
-        check_grouped::<T>(driver, &case);
+        check_grouped::<T, O>(driver, &case);
     }
 }
 
 #[test]
 fn grouped_options() {
     on_devices(false, |driver| {
-        check_options::<bf16>(driver, F32Products::Full);
-        check_options::<f16>(driver, F32Products::Full);
-        check_options::<f32>(driver, F32Products::Full);
+        check_options::<bf16, bf16>(driver, F32Products::Full);
+        check_options::<bf16, f32>(driver, F32Products::Full);
+        check_options::<f16, f16>(driver, F32Products::Full);
+        check_options::<f16, f32>(driver, F32Products::Full);
+        check_options::<f32, f32>(driver, F32Products::Full);
     });
 }
 
 /// Groups of all sizes around the tiles, none among them; widths around the tiles too.
-pub fn check_ragged<T: Element>(driver: &dyn Driver, products: F32Products) {
+pub fn check_ragged<T: Element, O: Element>(driver: &dyn Driver, products: F32Products) {
     let sizes = [0, 1, 15, 16, 17, 0, 64, 128, 129, 300, 0];
     for (gated, outputs, inputs) in [(true, 72, 72), (false, 136, 64)] {
         let mut case = Grouped::new(&sizes, outputs, inputs);
@@ -478,23 +496,25 @@ pub fn check_ragged<T: Element>(driver: &dyn Driver, products: F32Products) {
         case.activation = gated.then_some(Activation::Silu);
         case.tokens = Some(90);
         case.products = products;
-        check_grouped::<T>(driver, &case);
+        check_grouped::<T, O>(driver, &case);
     }
-    check_grouped::<T>(driver, &Grouped::new(&[0, 0, 0], 8, 8));
-    check_grouped::<T>(driver, &Grouped::new(&[2], 1, 8));
+    check_grouped::<T, O>(driver, &Grouped::new(&[0, 0, 0], 8, 8));
+    check_grouped::<T, O>(driver, &Grouped::new(&[2], 1, 8));
 }
 
 #[test]
 fn grouped_ragged() {
     on_devices(false, |driver| {
-        check_ragged::<bf16>(driver, F32Products::Full);
-        check_ragged::<f16>(driver, F32Products::Full);
-        check_ragged::<f32>(driver, F32Products::Full);
+        check_ragged::<bf16, bf16>(driver, F32Products::Full);
+        check_ragged::<bf16, f32>(driver, F32Products::Full);
+        check_ragged::<f16, f16>(driver, F32Products::Full);
+        check_ragged::<f16, f32>(driver, F32Products::Full);
+        check_ragged::<f32, f32>(driver, F32Products::Full);
     });
 }
 
 /// A row has the same bits in every class of tiles, with other rows and groups around it, and from run to run.
-pub fn check_grouped_bits<T: Element>(driver: &dyn Driver, products: F32Products) {
+pub fn check_grouped_bits<T: Element, O: Element>(driver: &dyn Driver, products: F32Products) {
     for (gated, bias) in [(true, false), (false, true)] {
         let mut case = Grouped::new(&[5, 0, 40, 70, 1], 88, 200);
         case.gated = gated;
@@ -502,17 +522,17 @@ pub fn check_grouped_bits<T: Element>(driver: &dyn Driver, products: F32Products
         case.bias = bias;
         case.products = products;
         let data = Data::<T>::new(&case);
-        let all = run_grouped(driver, &case, &data, None);
+        let all = run_grouped_to::<T, O>(driver, &case, &data, None);
         for class in 0..CLASSES.len() {
-            let found = run_grouped(driver, &case, &data, Some(class));
-            assert!(bits(&found) == bits(&all), "{}, gated: {gated}, class {}", T::DTYPE, CLASSES[class]);
+            let found = run_grouped_to::<T, O>(driver, &case, &data, Some(class));
+            assert!(bits(&found) == bits(&all), "{}, gated: {gated}, class {}", O::DTYPE, CLASSES[class]);
         }
         // Rows 7 .. 20 of the third group alone.
         let mut alone = case.clone();
         alone.sizes = vec![0, 0, 13, 0, 0];
         let from = (5 + 7) * case.inputs;
         let rows = Data { a: data.a[from..from + 13 * case.inputs].to_vec(), row_token: (0..13).collect(), ..data };
-        let found = run_grouped(driver, &alone, &rows, None);
+        let found = run_grouped_to::<T, O>(driver, &alone, &rows, None);
         let from = (5 + 7) * case.outputs;
         assert!(bits(&found) == bits(&all[from..from + found.len()]), "{}, gated: {gated}, alone", T::DTYPE);
     }
@@ -521,9 +541,11 @@ pub fn check_grouped_bits<T: Element>(driver: &dyn Driver, products: F32Products
 #[test]
 fn grouped_bits() {
     on_devices(true, |driver| {
-        check_grouped_bits::<bf16>(driver, F32Products::Full);
-        check_grouped_bits::<f16>(driver, F32Products::Full);
-        check_grouped_bits::<f32>(driver, F32Products::Full);
+        check_grouped_bits::<bf16, bf16>(driver, F32Products::Full);
+        check_grouped_bits::<bf16, f32>(driver, F32Products::Full);
+        check_grouped_bits::<f16, f16>(driver, F32Products::Full);
+        check_grouped_bits::<f16, f32>(driver, F32Products::Full);
+        check_grouped_bits::<f32, f32>(driver, F32Products::Full);
     });
 }
 
@@ -539,7 +561,7 @@ pub fn check_grouped_nan<T: Element>(driver: &dyn Driver, products: F32Products)
         data.a[4 * case.inputs + 71] = T::from_f32(f32::NAN);
         data.a[13 * case.inputs + 5] = T::from_f32(f32::INFINITY);
         let found = run_grouped(driver, &case, &data, None);
-        let naive = naive_grouped(&case, &data);
+        let naive = naive_grouped::<T, T>(&case, &data);
         for (r, (row, good)) in found.chunks_exact(24).zip(good.chunks_exact(24)).enumerate() {
             if ![4, 13].contains(&r) {
                 assert!(bits(row) == bits(good), "{activation:?} {} row {r}", T::DTYPE);
@@ -587,7 +609,18 @@ pub fn loop_cost<T: Element>(class: usize, gated: bool, products: F32Products) -
     let class = if scalar { Class::Float } else { Class::Matrix };
     let sectors = long.global_sectors - short.global_sectors;
     assert_eq!(32 * sectors, long.global_bytes - short.global_bytes, "{entry}: sectors that are not used whole");
-    (entry, long.instructions - short.instructions, long.class(class) - short.class(class), sectors)
+    let products = long.class(class) - short.class(class);
+    // "32 MMA per 10240 bytes fetched", or "512 FMA per thread and 20480 bytes fetched": what the header says.
+    let kernel = kernels::ALL.iter().find(|kernel| kernel.entry == entry).unwrap();
+    let budget: Vec<&str> =
+        kernel.ptx.lines().find_map(|line| line.strip_prefix("//   Budget ")).unwrap().split_whitespace().collect();
+    let number = |word: &str| word.parse::<u64>().unwrap();
+    let (per_stage, bytes) = match budget[1] {
+        "MMA" => (number(budget[0]), number(budget[3])),
+        _ => (number(budget[0]) * u64::from(kernel.threads / 32), number(budget[5])),
+    };
+    assert_eq!(products * bytes, per_stage * 32 * sectors, "{entry}: {budget:?}");
+    (entry, long.instructions - short.instructions, products, sectors)
 }
 
 /// The main loops: no bank conflicts, whole sectors, and no more instructions than these.

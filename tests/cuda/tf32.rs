@@ -100,17 +100,17 @@ fn tf32_rounds_factors_to_nearest() {
 
 #[test]
 fn tf32_grouped_options() {
-    on_devices(false, |driver| check_options::<f32>(driver, F32Products::Tf32));
+    on_devices(false, |driver| check_options::<f32, f32>(driver, F32Products::Tf32));
 }
 
 #[test]
 fn tf32_grouped_ragged() {
-    on_devices(false, |driver| check_ragged::<f32>(driver, F32Products::Tf32));
+    on_devices(false, |driver| check_ragged::<f32, f32>(driver, F32Products::Tf32));
 }
 
 #[test]
 fn tf32_grouped_bits() {
-    on_devices(true, |driver| check_grouped_bits::<f32>(driver, F32Products::Tf32));
+    on_devices(true, |driver| check_grouped_bits::<f32, f32>(driver, F32Products::Tf32));
 }
 
 #[test]
