@@ -12,6 +12,7 @@ mod common;
 #[path = "../../examples/support/staged/mod.rs"]
 mod staged;
 
+mod activations;
 mod attention;
 mod combine;
 mod coupled;
