@@ -388,7 +388,7 @@ impl BlockPlan {
 }
 
 /// Errors of a product in the words of a block.
-fn renamed(error: Error, names: &[(&str, &str)]) -> Error {
+pub(super) fn renamed(error: Error, names: &[(&str, &str)]) -> Error {
     let rename = |argument: String| {
         names.iter().find(|(from, _)| *from == argument).map_or(argument, |(_, to)| (*to).to_string())
     };

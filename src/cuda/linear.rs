@@ -1,9 +1,10 @@
 //! `linear` on the GPU: a weight matrix times rows, and the same for one matrix per head.
 
+use crate::cuda::ffn::renamed;
 use crate::cuda::grouped_gemm::{F32Products, GroupedGemm, GroupedGemmArgs, GroupedGemmPlan};
 use crate::cuda::memory::{DeviceView, DeviceViewMut, Queue};
 use crate::element::Element;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// `out[t, o] = sum_i x[t, i] * weight[o, i] + bias[o]`
 ///
@@ -38,14 +39,30 @@ pub fn linear<T: Element, O: Element>(
     problem.a_stride = x.strides()[0];
     problem.up_stride = weight.strides()[0];
     problem.out_stride = out.strides()[0];
-    let plan = GroupedGemmPlan::new(&problem, &queue.driver().limits())?;
+    let plan = GroupedGemmPlan::new(&problem, &queue.driver().limits()).map_err(named)?;
     let args = GroupedGemmArgs {
         up_bias: bias.map(|bias| bias.ptr()),
         ..GroupedGemmArgs::new(x.ptr(), weight.ptr(), out.ptr())
     };
     // SAFETY: the views are device memory with the plan's shapes and strides, checked above, borrowed from those who own them:
     // what the queue's stream does later comes after this work.
-    unsafe { plan.launch(queue.driver(), &args, queue.stream()) }
+    unsafe { plan.launch(queue.driver(), &args, queue.stream()) }.map_err(named)
+}
+
+/// Errors of a product in the words of a layer.
+fn named(error: Error) -> Error {
+    renamed(
+        error,
+        &[
+            ("a", "x"),
+            ("a, gate and up", "x and weight"),
+            ("up", "weight"),
+            ("up_bias", "bias"),
+            ("rows", "num_tokens"),
+            ("source_rows", "num_tokens"),
+            ("num_groups", "heads"),
+        ],
+    )
 }
 
 /// One matrix for each head: `out[t, h, o] = sum_i x[t, h, i] * weight[h, o, i]`.
@@ -90,8 +107,8 @@ pub(super) fn launch_heads<T: Element, O: Element>(
     [problem.a_stride, problem.a_group_stride, _] = x.strides();
     [problem.up_group_stride, problem.up_stride, _] = weight.strides();
     [problem.out_stride, problem.out_group_stride, _] = out.strides();
-    let plan = GroupedGemmPlan::new(&problem, &queue.driver().limits())?;
+    let plan = GroupedGemmPlan::new(&problem, &queue.driver().limits()).map_err(named)?;
     let args = GroupedGemmArgs::new(x.ptr(), weight.ptr(), out.ptr());
     // SAFETY: the views are device memory with the plan's shapes and strides, checked by the callers; the rest as in `linear`.
-    unsafe { plan.launch(queue.driver(), &args, queue.stream()) }
+    unsafe { plan.launch(queue.driver(), &args, queue.stream()) }.map_err(named)
 }

@@ -24,6 +24,7 @@ mod group;
 mod linear_attention;
 mod mixture_bits;
 mod moe;
+mod products;
 mod recorded;
 mod route;
 mod route_counters;
