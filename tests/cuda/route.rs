@@ -6,7 +6,7 @@ use crate::common::simulator::Simulator;
 use crate::common::{Layout, RouteCase, RouteResult, seed, strategies};
 use crate::{on_devices, on_gpu, staged};
 use gatefold::Element;
-use gatefold::cuda::driver::{Buffer, Driver};
+use gatefold::cuda::driver::{Buffer, Driver, Limits};
 use gatefold::cuda::{Route, RouteArgs, RoutePlan, RouterLogits, RouterLogitsArgs, RouterLogitsPlan, Stream};
 use gatefold::spec::{
     AuxLoss, Capacity, CapacityLimit, CapacityOrder, ExpertGroups, GroupScore, Renormalize, Router, Score,
@@ -15,6 +15,7 @@ use gatefold::spec::{
 use half::{bf16, f16};
 use proptest::prelude::*;
 use proptest::test_runner::{TestError, TestRunner};
+use simt::Class;
 
 fn run(driver: &dyn Driver, case: &RouteCase) -> RouteResult<f32> {
     case.run(|spec, input, output| staged::route(driver, spec, input, output))
@@ -506,4 +507,59 @@ fn counters_of_logits() {
     assert_eq!(c.conflict_degree(), 1.0);
     assert_eq!(c.mma_flops, 2 * (n * experts * hidden) as u64);
     assert_eq!(c.instructions, 140_288);
+}
+
+/// What 2048 more columns of 32 tokens and 64 experts cost, by entry: warp instructions, MMA (or other f32) among them, sectors fetched.
+fn logits_loop_cost<T: Element, W: Element>(num_sms: u32) -> (&'static str, u64, u64, u64) {
+    let count = |hidden: usize| {
+        let simulator = Simulator::with_limits(false, Limits::new(90, num_sms, 227 << 10));
+        let driver: &dyn Driver = &simulator;
+        let (n, experts) = (32, 64);
+        let case = LogitsCase::<T, W>::new(n, hidden, experts, None, Layout::Contiguous, 1);
+        let x = Buffer::from_slice(driver, &case.hidden.values()).unwrap();
+        let w = Buffer::from_slice(driver, &case.weight.values()).unwrap();
+        let out = Buffer::new(driver, n * experts * 4).unwrap();
+        let mut problem = RouterLogits::new(T::DTYPE, n, experts, hidden);
+        problem.weight_dtype = W::DTYPE;
+        let plan = RouterLogitsPlan::new(&problem, &driver.limits()).unwrap();
+        // SAFETY: the buffers hold the plan's arrays; the simulator has run the work when the call returns.
+        unsafe { plan.launch(driver, &RouterLogitsArgs::new(x.ptr(), w.ptr(), out.ptr()), Stream::LEGACY).unwrap() };
+        let counters = simulator.take_counters();
+        let [(entry, counters)] = &counters[..] else { panic!("{counters:?}") };
+        assert!(counters.conflict_degree() <= 1.0, "{entry}: bank conflicts"); // 0 without shared memory
+        (*entry, *counters)
+    };
+    let ((entry, short), (_, long)) = (count(2048), count(4096));
+    let class = if entry.contains("mma") { Class::Matrix } else { Class::Float };
+    let [instructions, products, sectors] = [
+        long.instructions - short.instructions,
+        long.class(class) - short.class(class),
+        long.global_sectors - short.global_sectors,
+    ];
+    assert_eq!(32 * sectors, long.global_bytes - short.global_bytes, "{entry}: sectors that are not used whole");
+    (entry, instructions, products, sectors)
+}
+
+/// The main loops of the logits, from the smallest tile to the largest: whole sectors, and no more instructions than these.
+#[test]
+fn logits_counters() {
+    let found = [
+        logits_loop_cost::<bf16, bf16>(16),
+        logits_loop_cost::<bf16, bf16>(4),
+        logits_loop_cost::<bf16, bf16>(1),
+        logits_loop_cost::<f32, f32>(1000),
+        logits_loop_cost::<f32, f32>(1),
+        logits_loop_cost::<bf16, f32>(1000),
+        logits_loop_cost::<bf16, f32>(1),
+    ];
+    let expected = [
+        ("gatefold_router_logits_mma_bf16_16x8", 22_272, 2048, 49_152),
+        ("gatefold_router_logits_mma_bf16_16x32", 12_544, 2048, 24_576),
+        ("gatefold_router_logits_mma_bf16_64x32", 7680, 2048, 12_288),
+        ("gatefold_router_logits_f32_f32_t2", 651_264, 131_072, 786_432),
+        ("gatefold_router_logits_f32_f32_t8", 270_336, 131_072, 196_608),
+        ("gatefold_router_logits_bf16_f32_t2", 716_800, 131_072, 524_288),
+        ("gatefold_router_logits_bf16_f32_t8", 286_720, 131_072, 131_072),
+    ];
+    assert_eq!(found, expected);
 }
