@@ -3,8 +3,8 @@
 
 mod common;
 
-use common::attention_case::{Alibi, DenseBias, DenseMask, KvLayout, Sinks};
-use common::{AttentionCase, AttentionOptions, Layout, Rng, assert_rows, naive, pairs, seed, strategies};
+use common::attention_case::KvLayout;
+use common::{AttentionCase, AttentionOptions, AttentionPairs, Layout, Rng, assert_rows, naive, seed, strategies};
 use gatefold::args::{AttentionInput, AttentionOutput, AttentionShape, Kv};
 use gatefold::cpu::{self, Cpu, Float, Level};
 use gatefold::spec::{Attention, Mask, RelativeBias};
@@ -96,39 +96,20 @@ fn shapes() {
 /// Every pair of values of two options.
 #[test]
 fn pairs_of_options() {
-    let seed = seed();
-    let sizes = [3, 2, 4, 3, 3, 3, 3, 3, 3, 3, 4, 2, 2, 3, 4, 4];
-    let table = pairs::pairwise(&sizes, seed, |_| true);
-    for (i, row) in table.rows.iter().enumerate() {
-        let of = |option: usize, values: &[usize]| values[row[option]];
-        let lens = [
-            vec![(5, 66), (0, 3), (1, 90), (70, 40)],
-            vec![(1, 130)],
-            vec![(40, 40), (1, 1), (3, 520)],
-            vec![(1, 30), (1, 600), (2, 64), (0, 0)],
-        ];
-        let mut options =
-            AttentionOptions::new([(2, 2), (4, 2), (6, 1), (20, 1)][of(14, &[0, 1, 2, 3])], 0, &lens[row[15]]);
-        options.dims = [(16, 16), (13, 40), (64, 32)][of(13, &[0, 1, 2])];
-        options.scale = [None, Some(0.7), Some(0.02)][row[0]];
-        options.mask.causal = row[1] == 1;
-        options.mask.window_left = [None, Some(0), Some(5), Some(70)][row[2]];
-        options.mask.window_right = [None, Some(0), Some(33)][row[3]];
-        options.mask.chunk = [None, Some(7), Some(64)][row[4]];
-        options.softcap = [None, Some(2.0), Some(30.0)][row[5]];
-        options.bias = [DenseBias::None, DenseBias::PerHead, DenseBias::PerKey][row[6]];
-        options.dense_mask = [DenseMask::None, DenseMask::Full, DenseMask::PerKey][row[7]];
-        options.alibi = [Alibi::None, Alibi::Distance, Alibi::Positions][row[8]];
-        options.relative_bias = [None, Some(false), Some(true)][row[9]];
-        options.kv = [KvLayout::Ragged, KvLayout::Cache, KvLayout::Paged(16), KvLayout::Paged(5)][row[10]];
-        options.left_padding = row[11] == 1;
-        options.starts = row[12] == 1;
-        options.sinks = [Sinks::None, Sinks::Finite, Sinks::WithMinusInf][i % 3];
-        options.layout = Layout::ALL[i / 3 % 3];
-        check_all(&options, seed + i as u64);
-    }
-    println!("pairs of options: {} / {} in {} cases", table.covered, table.total, table.rows.len());
-    assert_eq!(table.covered, table.total);
+    let pairs = AttentionPairs {
+        heads: &[(2, 2), (4, 2), (6, 1), (20, 1)],
+        dims: &[(16, 16), (13, 40), (64, 32)],
+        lens: &[
+            &[(5, 66), (0, 3), (1, 90), (70, 40)],
+            &[(1, 130)],
+            &[(40, 40), (1, 1), (3, 520)],
+            &[(1, 30), (1, 600), (2, 64), (0, 0)],
+        ],
+        window_left: 70,
+        page: 5,
+        sinks: false,
+    };
+    pairs.check(check_all);
 }
 
 proptest! {

@@ -24,6 +24,7 @@ macro_rules! with {
 }
 
 pub mod attention_case;
+pub mod attention_pairs;
 pub mod buffer;
 pub mod data;
 pub mod glue_case;
@@ -42,6 +43,7 @@ pub mod tables;
 pub mod tolerance;
 
 pub use attention_case::{AttentionCase, AttentionOptions, AttentionResult};
+pub use attention_pairs::AttentionPairs;
 pub use buffer::{Array, Layout, Output};
 pub use data::Rng;
 pub use mixture_case::{MoeCase, MoeResult};

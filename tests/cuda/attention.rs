@@ -1,8 +1,8 @@
 //! Attention of many queries: `attention_prefill` (16 bits) and `attention_f32`.
 
-use crate::common::attention_case::{Alibi, DenseBias, DenseMask, KvLayout, Sinks};
+use crate::common::attention_case::KvLayout;
 use crate::common::simulator::Simulator;
-use crate::common::{AttentionCase, AttentionOptions, Layout, Rng, assert_rows, naive, pairs, seed};
+use crate::common::{AttentionCase, AttentionOptions, AttentionPairs, Layout, Rng, assert_rows, naive, seed};
 use crate::{on_devices, on_gpu, staged};
 use gatefold::args::{self, AttentionInput, AttentionOutput};
 use gatefold::cuda::driver::{Buffer, Driver, Limits};
@@ -98,41 +98,19 @@ fn shapes() {
 }
 
 /// Every pair of values of two options.
-fn check_pairs(driver: &dyn Driver, check: impl Fn(&dyn Driver, &AttentionOptions, u64)) {
-    {
-        let seed = seed();
-        let sizes = [3, 2, 4, 3, 3, 3, 3, 3, 3, 3, 4, 2, 2, 3, 3, 3, 3];
-        let table = pairs::pairwise(&sizes, seed, |_| true);
-        for (i, row) in table.rows.iter().enumerate() {
-            let lens = [vec![(5, 66), (0, 3), (18, 40)], vec![(20, 70)], vec![(3, 30), (17, 17), (1, 70), (0, 0)]];
-            let mut options = AttentionOptions::new([(2, 2), (4, 2), (3, 1)][row[14]], 0, &lens[row[15]]);
-            options.dims = [(16, 16), (40, 72), (64, 32)][row[13]];
-            options.scale = [None, Some(0.7), Some(0.02)][row[0]];
-            options.mask.causal = row[1] == 1;
-            options.mask.window_left = [None, Some(0), Some(5), Some(40)][row[2]];
-            options.mask.window_right = [None, Some(0), Some(33)][row[3]];
-            options.mask.chunk = [None, Some(7), Some(64)][row[4]];
-            options.softcap = [None, Some(2.0), Some(30.0)][row[5]];
-            options.bias = [DenseBias::None, DenseBias::PerHead, DenseBias::PerKey][row[6]];
-            options.dense_mask = [DenseMask::None, DenseMask::Full, DenseMask::PerKey][row[7]];
-            options.alibi = [Alibi::None, Alibi::Distance, Alibi::Positions][row[8]];
-            options.relative_bias = [None, Some(false), Some(true)][row[9]];
-            options.kv = [KvLayout::Ragged, KvLayout::Cache, KvLayout::Paged(16), KvLayout::Paged(5)][row[10]];
-            options.left_padding = row[11] == 1;
-            options.starts = row[12] == 1;
-            options.sinks = [Sinks::None, Sinks::Finite, Sinks::WithMinusInf][row[16]];
-            options.layout = Layout::ALL[i % 3];
-            check(driver, &options, seed + i as u64);
-        }
-        println!("pairs of options: {} / {} in {} cases", table.covered, table.total, table.rows.len());
-        assert_eq!(table.covered, table.total);
-    }
-}
+const PAIRS: AttentionPairs<'_> = AttentionPairs {
+    heads: &[(2, 2), (4, 2), (3, 1)],
+    dims: &[(16, 16), (40, 72), (64, 32)],
+    lens: &[&[(5, 66), (0, 3), (18, 40)], &[(20, 70)], &[(3, 30), (17, 17), (1, 70), (0, 0)]],
+    window_left: 40,
+    page: 5,
+    sinks: true,
+};
 
 #[test]
 fn pairs_of_options_f32() {
     on_devices(false, |driver| {
-        check_pairs(driver, |driver, options, seed| {
+        PAIRS.check(|options, seed| {
             check(driver, &AttentionCase::<f32>::new(&prefill(options), seed));
         });
     });
@@ -140,7 +118,7 @@ fn pairs_of_options_f32() {
 
 #[test]
 fn pairs_of_options_16_bits() {
-    on_devices(false, |driver| check_pairs(driver, check_16_bits));
+    on_devices(false, |driver| PAIRS.check(|options, seed| check_16_bits(driver, options, seed)));
 }
 
 /// Pages of any size, one row up to several tiles.

@@ -1,10 +1,11 @@
 //! Attention of few queries over many keys, and the merge of parts.
 
-use crate::common::attention_case::{Alibi, DenseBias, DenseMask, KvLayout, Sinks};
+use crate::common::attention_case::{DenseBias, DenseMask, KvLayout, Sinks};
 use crate::common::simulator::Simulator;
 use crate::common::tolerance::ulp;
 use crate::common::{
-    Array, AttentionCase, AttentionOptions, AttentionResult, Layout, Output, Rng, assert_rows, naive, pairs, seed,
+    Array, AttentionCase, AttentionOptions, AttentionPairs, AttentionResult, Layout, Output, Rng, assert_rows, naive,
+    seed,
 };
 use crate::{on_devices, staged};
 use gatefold::args::{AttentionInput, AttentionOutput, Kv};
@@ -273,40 +274,20 @@ fn mla_absorbed() {
 /// Every pair of values of two options.
 #[test]
 fn pairs_of_options() {
-    let seed = seed();
-    let sizes = [3, 2, 4, 3, 3, 3, 3, 3, 3, 3, 4, 2, 2, 3, 4, 4];
-    let table = pairs::pairwise(&sizes, seed, |_| true);
-    on_devices(false, |driver| {
-        for (i, row) in table.rows.iter().enumerate() {
-            let lens = [
-                vec![(5, 66), (0, 3), (1, 90), (7, 4)],
-                vec![(1, 130)],
-                vec![(4, 40), (1, 1), (3, 270)],
-                vec![(1, 30), (1, 300), (2, 64), (0, 0)],
-            ];
-            let heads = [(2, 2), (4, 2), (6, 1), (8, 1)][row[14]];
-            let mut options = AttentionOptions::new(heads, 0, &lens[row[15]]);
-            options.dims = [(16, 16), (8, 40), (64, 32)][row[13]];
-            options.scale = [None, Some(0.7), Some(0.02)][row[0]];
-            options.mask.causal = row[1] == 1;
-            options.mask.window_left = [None, Some(0), Some(5), Some(70)][row[2]];
-            options.mask.window_right = [None, Some(0), Some(33)][row[3]];
-            options.mask.chunk = [None, Some(7), Some(64)][row[4]];
-            options.softcap = [None, Some(2.0), Some(30.0)][row[5]];
-            options.bias = [DenseBias::None, DenseBias::PerHead, DenseBias::PerKey][row[6]];
-            options.dense_mask = [DenseMask::None, DenseMask::Full, DenseMask::PerKey][row[7]];
-            options.alibi = [Alibi::None, Alibi::Distance, Alibi::Positions][row[8]];
-            options.relative_bias = [None, Some(false), Some(true)][row[9]];
-            options.kv = [KvLayout::Ragged, KvLayout::Cache, KvLayout::Paged(16), KvLayout::Paged(1)][row[10]];
-            options.left_padding = row[11] == 1;
-            options.starts = row[12] == 1;
-            options.sinks = [Sinks::None, Sinks::Finite, Sinks::WithMinusInf][i % 3];
-            options.layout = Layout::ALL[i / 3 % 3];
-            check_all(driver, &options, seed + i as u64);
-        }
-    });
-    println!("pairs of options: {} / {} in {} cases", table.covered, table.total, table.rows.len());
-    assert_eq!(table.covered, table.total);
+    let pairs = AttentionPairs {
+        heads: &[(2, 2), (4, 2), (6, 1), (8, 1)],
+        dims: &[(16, 16), (8, 40), (64, 32)],
+        lens: &[
+            &[(5, 66), (0, 3), (1, 90), (7, 4)],
+            &[(1, 130)],
+            &[(4, 40), (1, 1), (3, 270)],
+            &[(1, 30), (1, 300), (2, 64), (0, 0)],
+        ],
+        window_left: 70,
+        page: 1,
+        sinks: false,
+    };
+    on_devices(false, |driver| pairs.check(|options, seed| check_all(driver, options, seed)));
 }
 
 /// The bits of a query's result.

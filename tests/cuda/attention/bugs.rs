@@ -1,6 +1,7 @@
 //! Bugs of other implementations of attention, each a test with its number.
 
 use super::*;
+use crate::common::attention_case::{DenseBias, DenseMask, Sinks};
 
 /// Fully masked rows: `out = 0`, `lse = -inf`, never NaN, +inf or a large finite number (Dao-AILab/flash-attention#978,
 /// flashinfer-ai/flashinfer#4452, #4401), also with sinks and behind a first tile that is hidden (ikawrakow/ik_llama.cpp#2344).
