@@ -321,6 +321,16 @@ fn launch() {
     let words = record(Stream::LEGACY);
     assert_eq!(words, [4, 6, 1, 128, 1, 1, 0, 0, 2, 3, 1, 1, part(1) as u32, 7]);
 
+    // The kernel with the most parameters: pointers wherever there is room for one.
+    let largest = kernels::ALL.iter().max_by_key(|kernel| kernel.params.len()).unwrap();
+    let mut pointers = vec![0; largest.param_bytes()];
+    for param in largest.params.iter().filter(|param| param.bytes == 8) {
+        pointers[param.offset..][..8].copy_from_slice(&part(2).to_le_bytes());
+    }
+    // SAFETY: the fake driver writes 14 words to the third parameter.
+    unsafe { device.launch(largest, &Launch::grid([5, 1, 1]), &pointers, Stream::LEGACY).unwrap() };
+    assert_eq!(record(Stream::LEGACY)[..4], [5, 1, 1, largest.threads]);
+
     // What no device takes
     let refused = |launch: &Launch, params: &[u8]| {
         // SAFETY: refused before anything is launched.
