@@ -56,7 +56,7 @@ impl Folder {
 
     /// Gigabytes: at once, not number by number.
     fn file(&self, name: &str, bytes: &[u8]) -> std::io::Result<()> {
-        assert!(cfg!(target_endian = "little"), "the files are little-endian");
+        const { assert!(cfg!(target_endian = "little"), "the files are little-endian") };
         std::fs::write(self.path.join(format!("{name}.bin")), bytes)
     }
 
