@@ -414,11 +414,12 @@ pub fn rope<T: Element>(
 /// other rows stay as they are. A new row without room, or on a page that does not exist, is not written; if two sequences name
 /// the same row of the same page, either may win.
 ///
-/// * `k`, `v`: `[num_tokens, num_kv_heads, width]`; the cache: [`KvCacheMut`]. Values may have width 0, as those of a latent cache
+/// * `k`, `v`: `[num_tokens, num_kv_heads, width]`; a width may be 0: latent attention has no values of its own
+/// * the cache: [`KvCacheMut`]
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::Stride`], [`Error::Len`]; those of [`QkvPlan::new`] and [`QkvPlan::launch`];
-/// [`Error::Unsupported`] for keys of width 0 beside values. Nothing is written then.
+/// [`Error::Shape`], [`Error::Stride`], [`Error::Len`]; those of [`QkvPlan::new`] and [`QkvPlan::launch`]. Nothing is written
+/// then.
 pub fn kv_append<T: Element>(queue: &mut Queue<'_>, input: &KvCache<'_, T>, cache: KvCacheMut<'_, T>) -> Result<()> {
     let sums = input.cu_seqlens.and_then(|view| view.home());
     queue.check_homes(&[input.k.home(), input.v.home(), sums, input.kv_lens.home()])?;
@@ -429,21 +430,19 @@ pub fn kv_append<T: Element>(queue: &mut Queue<'_>, input: &KvCache<'_, T>, cach
     input.v.check("v", [n, heads, value_dim])?;
     let mut args = QkvArgs { k: input.k.ptr(), v: input.v.ptr(), ..QkvArgs::default() };
     let num_seqs = KvRows::new(input.cu_seqlens, input.kv_lens).enter(&mut args)?;
-    // Widths of 0 are legal, and nothing then.
+    // Widths of 0 are legal; there is nothing to copy on such a side.
     let mut prep = QkvPrep::new(1, heads.max(1), head_dim.max(1));
     prep.value_dim = value_dim.max(1);
     let mut problem = QkvProblem::new(prep, T::DTYPE, n, 0);
-    problem.arrays = QkvArrays::KeyValue;
+    problem.arrays = match (head_dim, value_dim) {
+        (_, 0) => QkvArrays::Key,
+        (0, _) => QkvArrays::Value,
+        _ => QkvArrays::KeyValue,
+    };
     (problem.k_strides, problem.v_strides) = (leading(&input.k), leading(&input.v));
     cache.enter([num_seqs, heads, head_dim, value_dim], input.cu_seqlens.is_some(), &mut problem, &mut args)?;
     if heads == 0 || head_dim == 0 && value_dim == 0 {
         return Ok(());
-    }
-    if head_dim == 0 {
-        return Err(Error::unsupported("cuda", format!("a cache of keys of width 0 and values of width {value_dim}")));
-    }
-    if value_dim == 0 {
-        problem.arrays = QkvArrays::Key;
     }
     // SAFETY: the views hold memory of these shapes and strides, checked above, on the queue's device and in its order.
     unsafe { QkvPlan::new(&problem)?.launch(queue.driver(), &args, queue.stream()) }

@@ -19,8 +19,10 @@ pub enum QkvArrays {
     Query,
     /// Keys and values: an append by itself.
     KeyValue,
-    /// Keys: an append to a cache that has no values, as that of latent attention.
+    /// Keys: an append to a cache whose values have width 0.
     Key,
+    /// Values: an append to a cache whose keys have width 0.
+    Value,
 }
 
 /// A KV cache that takes the keys and values of a call: row `i` of sequence `s` goes to its row `kv_lens[s] + i`.
@@ -220,12 +222,14 @@ impl QkvPlan {
             single if single.is_finite() => Ok(single.to_bits()),
             _ => Err(Error::value(name, "a finite number in f32", value)),
         };
-        let [has_query, has_keys, has_values] = match arrays {
+        let [has_query, has_key, has_value] = match arrays {
             QkvArrays::All => [true; 3],
             QkvArrays::Query => [true, false, false],
             QkvArrays::KeyValue => [false, true, true],
             QkvArrays::Key => [false, true, false],
+            QkvArrays::Value => [false, false, true],
         };
+        let has_dim = has_query || has_key; // columns of queries or keys
         let rotary_half = spec.rope.as_ref().map_or(0, |rope| rope.rotary_dim / 2);
         let style = match spec.rope.as_ref().map_or(RopeStyle::Half, |rope| rope.style) {
             RopeStyle::Half => 0,
@@ -258,7 +262,8 @@ impl QkvPlan {
         // Lanes of a head: enough for its vectors in pairs, at most a warp.
         let vec = aligned.vec as usize;
         let units = |width: usize, half: usize| half.div_ceil(vec) + (width - 2 * half).div_ceil(2 * vec);
-        let units = units(spec.head_dim, rotary_half).max(if has_values { units(spec.value_dim, 0) } else { 0 });
+        let dim_units = if has_dim { units(spec.head_dim, rotary_half) } else { 0 };
+        let units = dim_units.max(if has_value { units(spec.value_dim, 0) } else { 0 });
         let lanes = units.min(32).next_power_of_two();
         let layout = |i: usize, present: bool, heads, width, strides: [usize; 2], out: [usize; 3]| -> Result<Array> {
             let [name, out_name] = NAMES[i];
@@ -293,14 +298,14 @@ impl QkvPlan {
         let (q_heads, kv_heads, dim) = (spec.num_heads, spec.num_kv_heads, spec.head_dim);
         let arrays = [
             layout(0, has_query, q_heads, dim, problem.q_strides, [0, a, b])?,
-            layout(1, has_keys, kv_heads, dim, problem.k_strides, problem.k_out_strides)?,
-            layout(2, has_values, kv_heads, spec.value_dim, problem.v_strides, problem.v_out_strides)?,
+            layout(1, has_key, kv_heads, dim, problem.k_strides, problem.k_out_strides)?,
+            layout(2, has_value, kv_heads, spec.value_dim, problem.v_strides, problem.v_out_strides)?,
         ];
         let table = |name, stride| strides_bytes(name, Dtype::F32, [num_positions.max(1)], [stride]);
         let [cos_stride] = if rotary_half > 0 { table("cos", problem.cos_stride)? } else { [0] };
         let [sin_stride] = if rotary_half > 0 { table("sin", problem.sin_stride)? } else { [0] };
-        let widths_align = [dim, rotary_half].iter().all(|width| width.is_multiple_of(vec))
-            && (!has_values || spec.value_dim.is_multiple_of(vec));
+        let widths_align = (!has_dim || [dim, rotary_half].iter().all(|width| width.is_multiple_of(vec)))
+            && (!has_value || spec.value_dim.is_multiple_of(vec));
         let can_align = widths_align
             && arrays.iter().all(|a| strides_aligned(0, &a.strides) && strides_aligned(0, &a.out_strides))
             && strides_aligned(0, &[cos_stride, sin_stride]);
@@ -308,7 +313,7 @@ impl QkvPlan {
             dtype,
             num_tokens,
             num_positions,
-            cache: cache.filter(|_| has_keys),
+            cache: cache.filter(|_| has_key || has_value),
             arrays,
             norm,
             style,
