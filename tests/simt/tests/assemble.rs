@@ -5,6 +5,7 @@ mod forms;
 mod planted;
 #[path = "../../common/skip.rs"]
 mod skip;
+mod wrong;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -87,6 +88,17 @@ fn ptxas_accepts_every_text() {
     let failures = refusals(&ptxas, &texts);
     assert!(failures.is_empty(), "{}", failures.join("\n"));
     println!("{} forms and {} other texts assemble", forms.len(), texts.len() - 5);
+}
+
+#[test]
+fn ptxas_refuses_every_wrong_text() {
+    let Some(ptxas) = ptxas() else { return };
+    let texts = wrong::TEXTS.iter().map(|(place, change, _)| (*place, *change));
+    let verdicts = texts.map(|(place, change)| assemble(&ptxas, "wrong", "sm_80", &wrong::text(place, change)).0);
+    let accepted = wrong::TEXTS.iter().zip(verdicts).filter(|(_, refused)| !refused).map(|(text, _)| text.1);
+    assert_eq!(accepted.collect::<Vec<_>>(), [""; 0]);
+    assert_eq!(assemble(&ptxas, "right", "sm_80", &wrong::text("", "")), (false, vec![]));
+    println!("{} wrong texts are refused", wrong::TEXTS.len());
 }
 
 /// The forms that ptxas refuses for a target and a version, with its reasons. All are in one module, again and again without those it refused,

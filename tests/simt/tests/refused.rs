@@ -1,5 +1,7 @@
 //! What the decoder refuses, and that nothing it is given makes the simulator itself fail.
 
+mod wrong;
+
 use simt::model::smem::Swizzle;
 use simt::model::tensor_map::{ElementType, TensorMap};
 use simt::{Arg, Launch, Mode, Module, Sim};
@@ -95,6 +97,17 @@ fn messages() {
     parse("sm_80", "mov.u32 a, buf + 4*(2+1);").unwrap();
     parse("sm_80", "add.u32 a, b, (1 << 4) + 3 * 2; { .reg .b32 a; mov.u32 a, buf; } ld.shared.u32 a, [buf + 4 * 3];")
         .unwrap();
+}
+
+#[test]
+fn wrong_texts() {
+    Module::parse("right.ptx", &wrong::text("", "")).unwrap();
+    for (place, change, message) in wrong::TEXTS {
+        match Module::parse("wrong.ptx", &wrong::text(place, change)) {
+            Ok(_) => panic!("`{change}` is accepted"),
+            Err(e) => assert!(e.to_string().contains(message), "`{change}`: {e}"),
+        }
+    }
 }
 
 fn random(state: &mut u64) -> u64 {

@@ -62,7 +62,8 @@ impl Decoder<'_> {
                     return Err("at most 16 bytes".into());
                 }
                 self.kernel.uses.bulk = true;
-                let regs = vector(&raw.operands[1], lanes as usize)?;
+                let data = &raw.operands[1];
+                let regs = if lanes == 1 { vec![data] } else { vector(data, lanes as usize)? };
                 let regs = regs.iter().map(|r| self.src(r, ty)).collect::<Res<_>>()?;
                 let addr = self.addr(&raw.operands[0], Space::SharedCluster)?;
                 let mbar = self.addr(&raw.operands[2], Space::SharedCluster)?;

@@ -21,6 +21,11 @@ impl Decoder<'_> {
             Some((false, name)) => Some(self.pred_src(&Operand::Name(name.clone()))?),
             None => None,
         };
+        // Tried with ptxas: no other instruction reads them
+        let reads_specials = mods.opcode == "mov" || (mods.opcode, mods.form) == ("cvt", "int");
+        if let (false, Some(name)) = (reads_specials, raw.operands.iter().find_map(|o| self.special(o))) {
+            return Err(format!("`{name}` is read by `mov` and by `cvt` between integers"));
+        }
         let (op, class) = self.op(raw, &mods)?;
         Ok(Instr { op, guard, line: raw.line, class })
     }
@@ -86,14 +91,16 @@ impl Decoder<'_> {
             }
             ("bfe", _) => {
                 let ty = m.ty(0);
-                (self.three(raw, alu_int::bfe(ty), [ty, ty, Ty::U32, Ty::U32])?, Class::Integer)
+                n(4)?;
+                let (a, pos, len) = (self.src(&o[1], ty)?, self.at_most(&o[2], 255)?, self.at_most(&o[3], 255)?);
+                (Op::A3 { f: alu_int::bfe(ty), d: self.dst(&o[0], ty)?, a, b: pos, c: len }, Class::Integer)
             }
             ("prmt", _) => (self.three(raw, alu_int::prmt(), [Ty::B32; 4])?, Class::Integer),
             ("bfi", _) => {
                 n(5)?;
                 let ty = m.ty(0);
                 let (a, b) = (self.src(&o[1], ty)?, self.src(&o[2], ty)?);
-                let (pos, len) = (self.src(&o[3], Ty::U32)?, self.src(&o[4], Ty::U32)?);
+                let (pos, len) = (self.at_most(&o[3], 255)?, self.at_most(&o[4], 255)?);
                 (Op::Bfi { d: self.dst(&o[0], ty)?, a, b, pos, len, bits: ty.bits() as u8 }, Class::Integer)
             }
             ("lop3", _) => {
@@ -212,6 +219,15 @@ impl Decoder<'_> {
         })
     }
 
+    /// The special register that an operand is, if nothing else has its name.
+    fn special<'o>(&self, operand: &'o Operand) -> Option<&'o str> {
+        match operand {
+            Operand::Name(name) if self.lookup(name).is_none() && super::special::parse(name).is_some() => Some(name),
+            Operand::Vector(items) => items.iter().find_map(|item| self.special(item)),
+            _ => None,
+        }
+    }
+
     fn three(&mut self, raw: &RawInstr, f: crate::op::F3, ty: [Ty; 4]) -> Res<Op> {
         Self::count(raw, 4..=4)?;
         let o = &raw.operands;
@@ -290,7 +306,6 @@ impl Decoder<'_> {
         }
         let part = |n: usize| -> Res<Ty> {
             Ok(match ty.bits() / n as u32 {
-                8 => Ty::B8,
                 16 => Ty::B16,
                 32 => Ty::B32,
                 _ => return Err(format!("{n} parts do not make up type {ty:?}")),
@@ -362,7 +377,7 @@ impl Decoder<'_> {
             "round" => (Conversion::Integral { how }, to, from),
             "pack8" => (Conversion::Pair { from: from_format, to: to_format, how }, Ty::B16, Ty::F16x2),
             "unpack8" => (Conversion::Pair { from: from_format, to: to_format, how }, Ty::F16x2, Ty::B16),
-            "tf32" => (Conversion::Float { from: from_format, to: to_format, how }, Ty::B32, Ty::F32),
+            "tf32" => (Conversion::Float { from: from_format, to: to_format, how }, Ty::U32, Ty::F32),
             _ => (Conversion::Float { from: from_format, to: to_format, how }, to, from),
         };
         if m.form == "int" && how.sat && contains(to, from) {
@@ -396,7 +411,7 @@ impl Decoder<'_> {
     }
 
     fn members(&mut self, operand: &Operand) -> Res<Src> {
-        self.src(operand, Ty::B32)
+        self.src(operand, Ty::U32) // a mask, so no floating-point register
     }
 
     fn warp_op(&mut self, raw: &RawInstr, m: &Mods) -> Res<Op> {
@@ -430,15 +445,16 @@ impl Decoder<'_> {
             "match" => {
                 Self::count(raw, 3..=3)?;
                 let (d, p) = match &o[0] {
-                    Operand::Pair(d, p) if m.has("all") => (self.dst(d, Ty::B32)?, Some(self.pred_dst(p)?)),
-                    d => (self.dst(d, Ty::B32)?, None),
+                    // A mask, so no floating-point register
+                    Operand::Pair(d, p) if m.has("all") => (self.dst(d, Ty::U32)?, Some(self.pred_dst(p)?)),
+                    d => (self.dst(d, Ty::U32)?, None),
                 };
                 let ty = m.ty(0);
                 Op::Match { all: m.has("all"), d, p, a: self.src(&o[1], ty)?, members: self.members(&o[2])? }
             }
             "redux" => {
                 Self::count(raw, 3..=3)?;
-                let ty = m.ty(0);
+                let ty = if m.ty(0) == Ty::B32 { Ty::U32 } else { m.ty(0) };
                 let op = atom_op(m.slot(1).unwrap_or("add"));
                 let (d, a) = (self.dst(&o[0], ty)?, self.src(&o[1], ty)?);
                 Op::Redux { op, signed: ty.signed(), d, a, members: self.members(&o[2])? }
@@ -451,6 +467,14 @@ impl Decoder<'_> {
         })
     }
 
+    /// How many threads a barrier waits for: whole warps.
+    fn threads(&mut self, operand: &Operand) -> Res<Src> {
+        match *operand {
+            Operand::Int(n) if n % 32 != 0 => Err(format!("{n} threads at a barrier, expected a multiple of 32")),
+            _ => self.src(operand, Ty::U32),
+        }
+    }
+
     fn barrier(&mut self, raw: &RawInstr, m: &Mods) -> Res<Op> {
         let o = &raw.operands;
         Ok(match (m.opcode, m.form) {
@@ -461,8 +485,8 @@ impl Decoder<'_> {
             ("bar" | "barrier", "cta") => {
                 let op = if m.has("sync") { BarOp::Sync } else { BarOp::Arrive };
                 Self::count(raw, if op == BarOp::Sync { 1..=2 } else { 2..=2 })?;
-                let count = o.get(1).map(|c| self.src(c, Ty::U32)).transpose()?;
-                Op::Bar { op, id: self.src(&o[0], Ty::U32)?, count, input: None, d: 0 }
+                let count = o.get(1).map(|c| self.threads(c)).transpose()?;
+                Op::Bar { op, id: self.at_most(&o[0], 15)?, count, input: None, d: 0 }
             }
             ("bar" | "barrier", "red_pred" | "red_popc") => {
                 Self::count(raw, 3..=4)?;
@@ -472,9 +496,9 @@ impl Decoder<'_> {
                     _ => BarOp::RedPopc,
                 };
                 let d = if op == BarOp::RedPopc { self.dst(&o[0], Ty::U32)? } else { self.pred_dst(&o[0])? };
-                let count = if o.len() == 4 { Some(self.src(&o[2], Ty::U32)?) } else { None };
+                let count = if o.len() == 4 { Some(self.threads(&o[2])?) } else { None };
                 let input = Some(self.pred_src(&o[o.len() - 1])?);
-                Op::Bar { op, id: self.src(&o[1], Ty::U32)?, count, input, d }
+                Op::Bar { op, id: self.at_most(&o[1], 15)?, count, input, d }
             }
             (_, "cluster_arrive") => {
                 Self::count(raw, 0..=0)?;

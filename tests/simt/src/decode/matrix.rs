@@ -5,14 +5,13 @@ use super::{Decoder, Res};
 use crate::op::{Class, Mma, MmaKind, Op, Space};
 use crate::ptx::grammar::Mods;
 use crate::ptx::parse::{Operand, RawInstr};
-use crate::ptx::types::Ty;
+use crate::ptx::types::{Class as TyClass, Ty};
 
-/// The operands in braces, `n` of them; one register may stand without braces.
+/// The operands in braces, `n` of them.
 pub(super) fn vector(operand: &Operand, n: usize) -> Res<Vec<&Operand>> {
     match operand {
         Operand::Vector(v) if v.len() == n => Ok(v.iter().collect()),
         Operand::Vector(v) => Err(format!("expected {n} registers, found {}", v.len())),
-        single if n == 1 => Ok(vec![single]),
         _ => Err(format!("expected {n} registers in braces")),
     }
 }
@@ -65,10 +64,15 @@ impl Decoder<'_> {
         let bits = if a == Ty::Tf32 { 32 } else { a.bits() };
         let a_regs = (16 * k * bits / 32 / 32) as usize;
         let c_regs = |ty: Ty| if ty == Ty::F16 { 2 } else { 4 };
-        let acc = |ty: Ty| if ty == Ty::F16 { Ty::B32 } else { ty };
+        let acc = |ty: Ty| if ty == Ty::F16 { Ty::F16x2 } else { ty };
+        if (c, d) == (Ty::F32, Ty::F16) {
+            return Err("with a sum in f32 the result is f32".into());
+        }
+        // Values of these types come packed
+        let packed = if a.class() == TyClass::Int { Ty::U32 } else { Ty::Bf16x2 };
         let kind = MmaKind { k: k as u8, a, b, c, d, satfinite: m.has("satfinite") };
-        let a = vector(&o[1], a_regs)?.iter().map(|r| self.src(r, Ty::B32)).collect::<Res<_>>()?;
-        let b = vector(&o[2], a_regs / 2)?.iter().map(|r| self.src(r, Ty::B32)).collect::<Res<_>>()?;
+        let a = vector(&o[1], a_regs)?.iter().map(|r| self.src(r, packed)).collect::<Res<_>>()?;
+        let b = vector(&o[2], a_regs / 2)?.iter().map(|r| self.src(r, packed)).collect::<Res<_>>()?;
         let c = vector(&o[3], c_regs(kind.c))?.iter().map(|r| self.src(r, acc(kind.c))).collect::<Res<_>>()?;
         let d = vector(&o[0], c_regs(kind.d))?.iter().map(|r| self.dst(r, acc(kind.d))).collect::<Res<_>>()?;
         Ok(Op::Mma(Box::new(Mma { kind, a, b, c, d })))

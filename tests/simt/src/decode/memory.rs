@@ -1,7 +1,7 @@
 //! Loads, stores, atomics, address arithmetic and asynchronous copies.
 
 use super::instr::{atom_op, space, space_class};
-use super::{Decoder, Res};
+use super::{Decoder, Res, Sym};
 use crate::op::{Access, Atom, AtomType, Class, Op, Order, Space};
 use crate::ptx::grammar::Mods;
 use crate::ptx::parse::{Operand, RawInstr};
@@ -36,6 +36,14 @@ impl Decoder<'_> {
                 Self::count(raw, 1..=2)?;
                 let d = self.dst(&o[0], Ty::B64)?;
                 if let Some(fraction) = o.get(1) {
+                    let value = match *fraction {
+                        Operand::F32(bits) => f64::from(f32::from_bits(bits)),
+                        Operand::F64(bits) => f64::from_bits(bits),
+                        _ => 1.0,
+                    };
+                    if !(value > 0.0 && value <= 1.0) {
+                        return Err(format!("a fraction of {value}, expected more than 0 and at most 1"));
+                    }
                     self.src(fraction, Ty::F32)?;
                 }
                 let a = self.constant(0);
@@ -53,6 +61,12 @@ impl Decoder<'_> {
                 let ty = m.ty(0);
                 let to = m.has("to");
                 let a = match &o[1] {
+                    Operand::Name(name) if to && !matches!(self.lookup(name), Some(Sym::Reg(..))) => {
+                        return Err("`.to` takes a register".into());
+                    }
+                    Operand::Name(name) if matches!(self.lookup(name), Some(Sym::Var(have, _)) if have != space) => {
+                        return Err(format!("`{name}` lies in another state space"));
+                    }
                     // `cvta.shared.u64 d, variable`
                     Operand::Name(_) | Operand::Symbol(..) => self.src(&o[1], ty)?,
                     _ => return Err("expected a register or a variable".into()),
@@ -137,6 +151,10 @@ impl Decoder<'_> {
             single if lanes == 1 => vec![single],
             _ => return Err(format!("expected {lanes} registers in braces")),
         };
+        let mut widths = items.iter().filter_map(|item| self.register_bits(item));
+        if widths.next().is_some_and(|first| widths.any(|other| other != first)) {
+            return Err("registers of different widths in one vector".into());
+        }
         let mut regs = vec![];
         let mut reg_bits = 0;
         for item in items {
@@ -153,6 +171,17 @@ impl Decoder<'_> {
             }
         }
         Ok(Access { addr, order, read_only: m.has("nc"), bytes: bytes as u8, signed: ty.signed(), reg_bits, regs })
+    }
+
+    /// Width of a register.
+    fn register_bits(&self, operand: &Operand) -> Option<u32> {
+        match operand {
+            Operand::Name(name) => match self.lookup(name) {
+                Some(Sym::Reg(ty, _)) => Some(ty.bits()),
+                _ => None,
+            },
+            _ => None,
+        }
     }
 
     fn atom(&mut self, raw: &RawInstr, m: &Mods) -> Res<Atom> {
@@ -206,7 +235,7 @@ impl Decoder<'_> {
             if is_pred {
                 ignore = Some(self.pred_src(&o[3])?);
             } else {
-                src_bytes = Some(self.src(&o[3], Ty::U32)?);
+                src_bytes = Some(self.at_most(&o[3], bytes)?);
             }
         }
         let (dst, src) = (self.addr(&o[0], Space::Shared)?, self.addr(&o[1], Space::Global)?);

@@ -7,7 +7,7 @@ mod matrix;
 mod memory;
 mod special;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::op::{Addr, Instr, Kernel, Op, ParamSlot, PredSrc, Reg, Source, Space, Src, Uses};
@@ -34,6 +34,9 @@ pub(crate) struct ModuleVar {
 }
 
 type Res<T> = Result<T, String>;
+
+/// Shared memory that a kernel may declare; more is dynamic.
+const MAX_STATIC_SMEM: u64 = 48 << 10;
 
 /// Where a branch to a label stands: (instruction, label, scopes open there).
 type Fixup = (usize, String, Vec<usize>, u32);
@@ -71,6 +74,13 @@ pub(crate) fn decode(file: &str, text: &str, ast: &Ast) -> Result<(Vec<Kernel>, 
         };
         vars.push(ModuleVar { address: next, bytes, init: var.init.clone() });
         next += bytes + 256;
+    }
+    let mut names = HashSet::new();
+    let named = ast.vars.iter().map(|v| (v.line, &v.name)).chain(ast.entries.iter().map(|e| (e.line, &e.name)));
+    for (line, name) in named {
+        if !names.insert(name) {
+            return Err(PtxError::new(file, line, text, format!("`{name}` is declared twice")));
+        }
     }
     let mut kernels = vec![];
     for entry in &ast.entries {
@@ -126,8 +136,9 @@ impl<'a> Decoder<'a> {
     }
 
     fn declare(&mut self, line: u32, name: String, sym: Sym) -> Result<(), PtxError> {
-        let scope = &mut self.scopes.last_mut().expect("a scope is open").1;
-        if scope.insert(name.clone(), sym).is_some() {
+        let (number, scope) = self.scopes.last_mut().expect("a scope is open");
+        let is_label = self.labels.contains_key(&(*number, name.clone()));
+        if scope.insert(name.clone(), sym).is_some() || is_label {
             return Err(self.error(line, format!("`{name}` is declared twice")));
         }
         Ok(())
@@ -152,7 +163,12 @@ impl<'a> Decoder<'a> {
             let bytes = var.bytes.ok_or_else(|| self.error(var.line, "a shared array needs a length"))?;
             let at = self.static_smem.next_multiple_of(var.align);
             address_of.insert((var.line, var.name.clone()), at);
-            self.static_smem = at + bytes;
+            self.static_smem = at.saturating_add(bytes);
+            if self.static_smem > MAX_STATIC_SMEM {
+                let message =
+                    format!("more than {MAX_STATIC_SMEM} bytes of shared memory: `.extern` has no such limit");
+                return Err(self.error(var.line, message));
+            }
         }
         let align = shared.iter().filter(|v| v.is_extern).map(|v| v.align.max(16)).max();
         if let Some(align) = align {
@@ -178,13 +194,12 @@ impl<'a> Decoder<'a> {
             offset = offset.next_multiple_of(p.align.max(u64::from(p.ty.bytes())));
             self.kernel.params.push(ParamSlot { name: p.name.clone(), offset: offset as u32, bytes: bytes as u32 });
             self.declare(p.line, p.name.clone(), Sym::Var(Space::Param, window::PARAM + offset))?;
-            offset += bytes;
+            offset = offset.saturating_add(bytes);
         }
         if offset > 4096 {
             return Err(self.error(entry.line, format!("{offset} bytes of parameters, the limit is 4096")));
         }
         self.kernel.param_bytes = offset as u32;
-        self.open();
         for stmt in &entry.body {
             self.statement(stmt, &address_of)?;
         }
@@ -209,8 +224,14 @@ impl<'a> Decoder<'a> {
                 self.scopes.pop();
             }
             Stmt::Label(line, name) => {
-                let scope = self.scopes.last().expect("a scope is open").0;
-                if self.labels.insert((scope, name.clone()), self.kernel.code.len() as u32).is_some() {
+                let (scope, names) = self.scopes.last().expect("a scope is open");
+                if names.contains_key(name) {
+                    return Err(self.error(*line, format!("`{name}` is declared twice")));
+                }
+                if name.contains('.') {
+                    return Err(self.error(*line, format!("`{name}` cannot be a label")));
+                }
+                if self.labels.insert((*scope, name.clone()), self.kernel.code.len() as u32).is_some() {
                     return Err(self.error(*line, format!("label `{name}` stands twice")));
                 }
             }
@@ -250,7 +271,8 @@ impl<'a> Decoder<'a> {
             self.kernel.num_preds += 1;
             return Ok(Sym::Pred(self.kernel.num_preds as u16 - 1));
         }
-        if matches!(ty.bits(), 128) || matches!(ty, Ty::E4m3 | Ty::E5m2 | Ty::E4m3x2 | Ty::E5m2x2 | Ty::Tf32) {
+        let is_small = matches!(ty, Ty::E4m3 | Ty::E5m2 | Ty::E4m3x2 | Ty::E5m2x2);
+        if ty.bits() == 128 || is_small || matches!(ty, Ty::Tf32 | Ty::Bf16 | Ty::Bf16x2) {
             return Err(format!("registers of type {ty:?} are not supported"));
         }
         if self.kernel.num_regs >= usize::from(Src::CONST) / 2 {
@@ -321,7 +343,7 @@ impl<'a> Decoder<'a> {
                     if special::of_clusters(special) {
                         self.require(name, floor::CLUSTERS)?;
                     }
-                    if special::bits(special) > ty.bits() || ty.class() == TyClass::Float {
+                    if special::bits(special) != ty.bits() || ty.class() == TyClass::Float {
                         return Err(format!("`{name}` does not fit type {ty:?}"));
                     }
                     if let Some(&(reg, _)) = self.kernel.specials.iter().find(|(_, s)| *s == special) {
@@ -403,7 +425,12 @@ impl<'a> Decoder<'a> {
     }
 
     fn addr_base(&mut self, base: &Operand, space: Space) -> Res<Src> {
-        let Operand::Name(name) = base else { return Ok(self.constant(0)) };
+        let Operand::Name(name) = base else {
+            return match space {
+                Space::Local => Ok(self.constant(0)),
+                _ => Err("an address without a register or a variable needs `.local`".into()),
+            };
+        };
         match self.lookup(name) {
             Some(Sym::Reg(ty, reg)) => {
                 let narrow = matches!(space, Space::Shared | Space::SharedCluster | Space::Local | Space::Param);
@@ -421,6 +448,14 @@ impl<'a> Decoder<'a> {
                 }
             }
             _ => Err(format!("`{name}` is not an address")),
+        }
+    }
+
+    /// A register, or a literal that is at most `most`.
+    fn at_most(&mut self, operand: &Operand, most: i128) -> Res<Src> {
+        match *operand {
+            Operand::Int(n) if !(0..=most).contains(&n) => Err(format!("{n} is out of range, expected 0 to {most}")),
+            _ => self.src(operand, Ty::U32),
         }
     }
 
@@ -442,10 +477,11 @@ pub(crate) fn mask(bits: u32) -> u64 {
 fn agree(name: &str, have: Ty, want: Ty, wider: bool) -> Res<()> {
     let size_fits = have.bits() == want.bits()
         || (wider || want.bits() == 8) && have.bits() > want.bits() && have.class() != TyClass::Float;
+    // Packed and short floats come in registers of bits, or of just that type
+    let is_packed = |ty| matches!(ty, Ty::F16x2 | Ty::Bf16 | Ty::Bf16x2);
     let class_fits = have.class() == TyClass::Bits
-        || want.class() == TyClass::Bits
-        || have.class() == want.class()
-        || want.class() == TyClass::Int && have.class() == TyClass::Int;
+        || have == want
+        || !is_packed(want) && (want.class() == TyClass::Bits || have.class() == want.class() && !is_packed(have));
     if size_fits && class_fits {
         return Ok(());
     }

@@ -122,7 +122,11 @@ fn number(text: &str) -> Result<(Token, usize), String> {
                 end += if n > 0 { 1 + sign + n } else { 0 };
             }
             if end > n {
-                (Token::F64(text[..end].parse::<f64>().map_err(|e| e.to_string())?.to_bits()), end)
+                let value = text[..end].parse::<f64>().map_err(|e| e.to_string())?;
+                if value.is_infinite() {
+                    return Err(format!("`{}` is too large", &text[..end]));
+                }
+                (Token::F64(value.to_bits()), end)
             } else if bytes[0] == b'0' && n > 1 {
                 (Token::Int(u64::from_str_radix(&text[1..n], 8).map_err(|e| e.to_string())?), n)
             } else {

@@ -1,7 +1,7 @@
 //! Tokens to statements: directives, declarations, labels and instructions, not yet resolved.
 
 use super::lex::{Lexeme, Token, lex};
-use super::types::Ty;
+use super::types::{Class, Ty};
 use super::{PtxError, parse_expr::Expr};
 use crate::decode::floor::version_of_target;
 
@@ -180,12 +180,16 @@ impl Parser<'_> {
 
     fn module(mut self) -> Res<Ast> {
         let mut ast = Ast { version: (0, 0), target: String::new(), vars: vec![], entries: vec![] };
+        let mut heads = vec![];
         while self.peek().is_some() {
             let word = match self.peek() {
                 Some(Token::Word(w)) => w.clone(),
                 _ => return self.error("expected a directive"),
             };
             match word.as_str() {
+                ".version" | ".target" | ".address_size" if heads.contains(&word) => {
+                    return self.error(format!("`{word}` stands twice"));
+                }
                 ".version" => {
                     self.at += 1;
                     let Token::F64(bits) = self.next()? else { return self.error("expected a version like 8.0") };
@@ -221,6 +225,7 @@ impl Parser<'_> {
                 ".extern" | ".shared" | ".global" | ".const" => self.variables(&mut ast.vars)?,
                 _ => return self.error(format!("unknown directive `{word}`")),
             }
+            heads.push(word);
         }
         if ast.version == (0, 0) || ast.target.is_empty() {
             self.at = 0;
@@ -268,6 +273,9 @@ impl Parser<'_> {
                 entry.params.push(var);
                 if !self.is(")") {
                     self.expect(",")?;
+                    if self.is(")") {
+                        return self.error("expected `.param`");
+                    }
                 }
             }
         }
@@ -277,9 +285,9 @@ impl Parser<'_> {
                 ".maxntid" => entry.maxntid = Some(self.triple()?),
                 ".reqnctapercluster" => entry.reqnctapercluster = Some(self.triple()?),
                 ".minnctapersm" => {
-                    self.int()?;
+                    self.positive()?;
                 }
-                ".maxnreg" => entry.maxnreg = Some(self.int()? as u32),
+                ".maxnreg" => entry.maxnreg = Some(self.positive()?),
                 ".explicitcluster" => entry.explicit_cluster = true,
                 ".pragma" => self.pragma()?,
                 other => {
@@ -287,6 +295,9 @@ impl Parser<'_> {
                     return self.error(format!("unknown kernel directive `{other}`"));
                 }
             }
+        }
+        if entry.reqntid.is_some() && entry.maxntid.is_some() {
+            return self.error("`.reqntid` and `.maxntid` exclude each other");
         }
         self.expect("{")?;
         let mut depth = 1;
@@ -312,9 +323,25 @@ impl Parser<'_> {
             if i > 0 && !self.eat(",") {
                 break;
             }
-            *v = self.int()? as u32;
+            *v = self.positive()?;
         }
         Ok(out)
+    }
+
+    fn positive(&mut self) -> Res<u32> {
+        match self.int()? {
+            n @ 1..=0xFFFF_FFFF => Ok(n as u32),
+            n => self.error(format!("expected a positive number of 32 bits, found {n}")),
+        }
+    }
+
+    /// A name to declare.
+    fn name(&mut self) -> Res<String> {
+        let name = self.word()?;
+        if matches!(name.as_str(), "_" | "WARP_SZ") || name.contains('.') {
+            return self.error(format!("`{name}` cannot be declared"));
+        }
+        Ok(name)
     }
 
     fn pragma(&mut self) -> Res<()> {
@@ -329,10 +356,6 @@ impl Parser<'_> {
         let word = match self.peek() {
             Some(Token::Word(w)) => w.clone(),
             Some(Token::Punct("@")) => return self.instruction(body),
-            Some(Token::Punct(";")) => {
-                self.at += 1;
-                return Ok(());
-            }
             _ => return self.error("expected a statement"),
         };
         match word.as_str() {
@@ -341,7 +364,7 @@ impl Parser<'_> {
                 let ty = self.ty()?;
                 let mut names = vec![];
                 loop {
-                    let name = self.word()?;
+                    let name = self.name()?;
                     let count = if self.eat("<") {
                         let n = self.primary_int()?;
                         self.expect(">")?;
@@ -357,7 +380,10 @@ impl Parser<'_> {
                 self.expect(";")?;
                 body.push(Stmt::Regs(line, ty, names));
             }
-            ".extern" | ".shared" | ".local" | ".global" | ".const" => {
+            ".extern" => {
+                return self.error("`.extern` belongs at module level, before the kernels that use the variable");
+            }
+            ".shared" | ".local" | ".global" | ".const" => {
                 let mut vars = vec![];
                 self.variables(&mut vars)?;
                 body.extend(vars.into_iter().map(Stmt::Var));
@@ -439,24 +465,33 @@ impl Parser<'_> {
             }
         }
         let Some(ty) = ty else { return self.error("a declaration needs a type") };
-        let name = self.word()?;
+        if ty == Ty::Pred {
+            return self.error("a predicate is a register");
+        }
+        let name = self.name()?;
         let size = u64::from(ty.bytes());
         let mut bytes = Some(size);
         while self.eat("[") {
             if self.eat("]") {
                 bytes = None;
             } else {
-                let n = self.int()?;
-                bytes = bytes.map(|b| b * n);
+                let n = u64::from(self.positive()?);
+                bytes = bytes.map(|b| b.saturating_mul(n));
                 self.expect("]")?;
             }
         }
         let mut init = vec![];
         if self.eat("=") {
+            if !matches!(space, VarSpace::Global | VarSpace::Const) {
+                return self.error("only `.global` and `.const` variables have an initial value");
+            }
             let braces = self.eat("{");
             loop {
                 let value = match self.expr()? {
                     Expr::Int(v) => v as u64,
+                    _ if ty.class() != Class::Float => {
+                        return self.error(format!("a floating-point literal does not fit type {ty:?}"));
+                    }
                     Expr::F32(v) => u64::from(v),
                     Expr::F64(v) if ty == Ty::F32 => u64::from((f64::from_bits(v) as f32).to_bits()),
                     Expr::F64(v) => v,
@@ -468,6 +503,9 @@ impl Parser<'_> {
             }
             if braces {
                 self.expect("}")?;
+            }
+            if bytes.is_some_and(|bytes| init.len() as u64 > bytes) {
+                return self.error(format!("more initial values than `{name}` has elements"));
             }
         }
         // A pointer parameter's `.align` speaks of what it points to.
@@ -555,11 +593,10 @@ impl Parser<'_> {
     }
 
     fn signed_offset(&mut self) -> Res<i64> {
-        let negative = self.is("-");
-        if !negative {
-            self.expect("+")?;
+        if self.is("-") {
+            return self.error("an offset is added: `+ -4`");
         }
-        // A leading minus belongs to the expression.
+        self.expect("+")?;
         match self.expr()? {
             Expr::Int(v) => Ok(v as i64),
             _ => self.error("an offset is an integer"),
