@@ -20,7 +20,7 @@ pub fn add(table: &mut Vec<Instance>) {
                         ("WEIGHT", Dtype(weight)),
                         ("ALIGNED", Flag(aligned)),
                         ("VEC", Int(vec)),
-                        ("UNROLL", Int(4)), // with 256 threads: 8192 columns of 16 bits in one round, most models' width
+                        ("NUM_SUMS", Int(4)), // with 256 threads: 8192 columns of 16 bits in one round, most models' width
                         ("THREADS", Int(256)),
                     ],
                 });
