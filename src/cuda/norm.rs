@@ -169,7 +169,7 @@ impl NormPlan {
             let mut bytes = [0; 3];
             let mut extent = 0u64;
             for ((bytes, stride), n) in bytes.iter_mut().zip(strides).zip(rows) {
-                *bytes = stride_bytes(name, dtype, n, if n > 1 { stride } else { 0 })?;
+                *bytes = stride_bytes(name, dtype, n, stride)?;
                 extent = extent.saturating_add(*bytes * n as u64);
             }
             if extent > i64::MAX as u64 {

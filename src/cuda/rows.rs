@@ -35,8 +35,11 @@ pub(super) fn check_sizes(rows: (&str, usize), width: (&str, usize)) -> Result<(
     Ok(())
 }
 
-/// Stride in bytes, if the last row still has an address.
+/// Stride in bytes, if the last row still has an address; 0 where no row is stepped over, whatever the stride says.
 pub(super) fn stride_bytes(name: &str, dtype: Dtype, num_rows: usize, stride: usize) -> Result<u64> {
+    if num_rows <= 1 {
+        return Ok(0);
+    }
     let bytes = (stride as u64).checked_mul(dtype.size_bytes() as u64);
     match bytes.filter(|bytes| bytes.checked_mul(num_rows as u64).is_some_and(|end| end <= i64::MAX as u64)) {
         Some(bytes) => Ok(bytes),
@@ -184,6 +187,7 @@ mod tests {
     fn no_overflow() {
         assert!(stride_bytes("x", Dtype::F32, MAX_ROWS, usize::MAX).is_err());
         assert!(stride_bytes("x", Dtype::F32, 2, usize::MAX / 4).is_err());
+        assert_eq!(stride_bytes("x", Dtype::F32, 1, usize::MAX).unwrap(), 0);
         assert!(rows(u64::MAX - 7, 1, 16, 0).check(Dtype::F32).is_err());
     }
 }
