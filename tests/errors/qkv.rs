@@ -140,6 +140,8 @@ pub fn errors(found: &mut Found) {
     }
     assert!(out.iter().chain(other.as_flattened()).all(|x| *x == 7.0));
     append(found);
+    #[cfg(feature = "cuda")]
+    plan(found);
 }
 
 fn append(found: &mut Found) {
@@ -183,4 +185,56 @@ fn append(found: &mut Found) {
         k.assert_untouched(name);
         v.assert_untouched(name);
     }
+}
+
+/// What the plan of a launch refuses: sizes and numbers that the kernel cannot take.
+#[cfg(feature = "cuda")]
+fn plan(found: &mut Found) {
+    use gatefold::Dtype;
+    use gatefold::cuda::{QkvArrays, QkvCache, QkvPlan, QkvProblem};
+    type Edit = fn(&mut QkvProblem);
+    let edits: [(&str, Edit); 23] = [
+        ("spec", |p| p.spec.value_dim = 0),
+        ("dtype", |p| p.dtype = Dtype::F64),
+        ("attn_scale", |p| p.spec.q_temperature = Some(QTemperature::new(8.0, 1e39))),
+        ("floor_scale", |p| p.spec.q_temperature = Some(QTemperature::new(8.5, 0.1))),
+        ("large floor_scale", |p| p.spec.q_temperature = Some(QTemperature::new(4294967296.0, 0.1))),
+        ("clip", |p| p.spec.clip = Some(1e39)),
+        ("eps", |p| p.spec.norm.eps = 1e39),
+        ("weight_offset", |p| p.spec.norm.weight_offset = -1e39),
+        ("positions", |p| p.spec.rope = Some(Rope::new(RopeStyle::Half, 4, 1e4))),
+        ("tokens", |p| p.num_tokens = 1 << 30),
+        ("width", |p| p.spec.head_dim = 1 << 29),
+        ("out.q", |p| p.q_out_strides = [31, 8]),
+        ("out.k", |p| p.k_out_strides = [0, 8, 8]),
+        ("far q", |p| p.q_strides[0] = usize::MAX),
+        ("far out.v", |p| p.v_out_strides[1] = usize::MAX / 8),
+        ("far cos", |p| {
+            p.spec.rope = Some(Rope::new(RopeStyle::Half, 4, 1e4));
+            (p.num_positions, p.cos_stride) = (9, usize::MAX);
+        }),
+        ("cache", |p| {
+            p.cache = Some(QkvCache::contiguous(2, 5));
+            p.k_out_strides = [79, 16, 8];
+        }),
+        ("far cache", |p| {
+            *p = p.clone().with_cache(QkvCache::contiguous(2, 5));
+            p.v_out_strides[0] = usize::MAX;
+        }),
+        ("sequences", |p| p.cache = Some(QkvCache::contiguous(usize::MAX, 5))),
+        ("sequences of one", |p| p.cache = Some(with!(QkvCache::contiguous(2, 5), ragged: false))),
+        ("blocks", |p| p.cache = Some(with!(QkvCache::contiguous(2, 5), num_blocks: 3))),
+        ("no rows", |p| p.cache = Some(QkvCache::paged(2, 4, 0, 3))),
+        ("pages", |p| p.cache = Some(QkvCache::paged(2, 4, 16, usize::MAX))),
+    ];
+    for (name, edit) in edits {
+        let mut problem = QkvProblem::new(with!(QkvPrep::new(4, 2, 8), value_dim: 6), Dtype::BF16, 3, 0);
+        edit(&mut problem);
+        found.add(&format!("QkvPlan, {name}"), QkvPlan::new(&problem));
+    }
+    // What a call does not take is not looked at.
+    let mut problem = QkvProblem::new(QkvPrep::new(1 << 20, 1, 1 << 20), Dtype::BF16, 3, 0);
+    assert!(QkvPlan::new(&problem).is_err());
+    problem.arrays = QkvArrays::Value;
+    QkvPlan::new(&problem).unwrap();
 }

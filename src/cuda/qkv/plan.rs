@@ -195,7 +195,9 @@ pub struct QkvPlan {
     kernels: Twins,
 }
 
-const NAMES: [[&str; 2]; 3] = [["q", "out.q"], ["k", "out.k"], ["v", "out.v"]];
+const NAMES: [&str; 3] = ["q", "k", "v"];
+/// Outputs without and with a cache.
+const OUT_NAMES: [[&str; 2]; 3] = [["out.q"; 2], ["out.k", "cache.k"], ["out.v", "cache.v"]];
 /// Number of [`RopeStyle::InterleavedToHalf`] in the kernel.
 const TO_HALF: u32 = 2;
 
@@ -246,9 +248,8 @@ impl QkvPlan {
         if let Some(temperature) = spec.q_temperature.filter(|_| has_query) {
             floor_scale = temperature.floor_scale as u32;
             if f64::from(floor_scale) != temperature.floor_scale {
-                let case =
-                    format!("a query temperature of floor_scale {}, not a whole number", temperature.floor_scale);
-                return Err(Error::unsupported("cuda", case));
+                let case = "a query temperature whose floor_scale is not a whole number below 2^32";
+                return Err(Error::unsupported("cuda", format!("{case}: {}", temperature.floor_scale)));
             }
             attn_scale = number("q_temperature.attn_scale", temperature.attn_scale)?;
         }
@@ -266,7 +267,7 @@ impl QkvPlan {
         let units = dim_units.max(if has_value { units(spec.value_dim, 0) } else { 0 });
         let lanes = units.min(32).next_power_of_two();
         let layout = |i: usize, present: bool, heads, width, strides: [usize; 2], out: [usize; 3]| -> Result<Array> {
-            let [name, out_name] = NAMES[i];
+            let (name, out_name) = (NAMES[i], OUT_NAMES[i][usize::from(cache.is_some())]);
             let total = num_tokens.saturating_mul(heads);
             if present && total > MAX_ROWS {
                 return Err(Error::value("num_tokens", format!("at most {}", MAX_ROWS / heads), num_tokens));
@@ -277,11 +278,18 @@ impl QkvPlan {
             if !present || num_tokens == 0 {
                 return Ok(Array { heads, width, strides: [0; 2], out_strides: [0; 3], ctas: 0 });
             }
-            let (blocks, rows) = match cache {
-                Some(cache) if i > 0 => (cache.num_blocks, cache.block_rows),
-                _ => (1, num_tokens),
+            let out_strides = match cache {
+                Some(cache) if i > 0 => {
+                    let shape = [cache.num_blocks, cache.block_rows, heads];
+                    check_disjoint(out_name, &[shape[0], shape[1], heads, width], &[out[0], out[1], out[2], 1])?;
+                    strides_bytes(out_name, dtype, shape, out)?
+                }
+                _ => {
+                    check_disjoint(out_name, &[num_tokens, heads, width], &[out[1], out[2], 1])?;
+                    let [token, head] = strides_bytes(out_name, dtype, [num_tokens, heads], [out[1], out[2]])?;
+                    [0, token, head]
+                }
             };
-            check_disjoint(out_name, &[blocks, rows, heads, width], &[out[0], out[1], out[2], 1])?;
             let ctas = match norm {
                 2 if i < 2 => num_tokens,
                 _ => total.div_ceil(aligned.kernel.threads as usize / lanes),
@@ -290,7 +298,7 @@ impl QkvPlan {
                 heads,
                 width,
                 strides: strides_bytes(name, dtype, [num_tokens, heads], strides)?,
-                out_strides: strides_bytes(out_name, dtype, [blocks, rows, heads], out)?,
+                out_strides,
                 ctas: if i > 0 && cache.is_some_and(|cache| cache.num_seqs == 0) { 0 } else { ctas as u32 },
             })
         };
@@ -443,24 +451,25 @@ impl QkvPlan {
             }
             let width = array.width as u64 * size;
             let [token, head] = array.strides;
-            inputs[i] = Some(nested(NAMES[i][0], ptr, width, [(self.num_tokens, token), (array.heads, head)]));
+            inputs[i] = Some(nested(NAMES[i], ptr, width, [(self.num_tokens, token), (array.heads, head)]));
             let (blocks, rows) = match self.cache {
                 Some(cache) if i > 0 => (cache.num_blocks, cache.block_rows),
                 _ => (1, self.num_tokens),
             };
+            let name = OUT_NAMES[i][usize::from(self.cache.is_some())];
             let [block, row, head] = array.out_strides;
             if blocks == 0 || rows == 0 {
                 continue;
             }
             outputs[i] = Some(match blocks {
-                1 => nested(NAMES[i][1], out, width, [(rows, row), (array.heads, head)]),
+                1 => nested(name, out, width, [(rows, row), (array.heads, head)]),
                 // Blocks that follow one another are as many rows of one.
                 _ if block == rows as u64 * row => {
-                    nested(NAMES[i][1], out, width, [(blocks.saturating_mul(rows), row), (array.heads, head)])
+                    nested(name, out, width, [(blocks.saturating_mul(rows), row), (array.heads, head)])
                 }
                 _ => {
                     let inner = (rows as u64 - 1) * row + (array.heads as u64 - 1) * head + width;
-                    nested(NAMES[i][1], out, inner, [(blocks, block), (1, 0)])
+                    nested(name, out, inner, [(blocks, block), (1, 0)])
                 }
             });
         }
@@ -540,7 +549,8 @@ fn strides_bytes<const N: usize>(name: &str, dtype: Dtype, shape: [usize; N], st
     }
     if end > i64::MAX as u64 {
         let expected = "rows within 2^63 bytes".into();
-        return Err(Error::Stride { argument: name.into(), expected, found: strides.to_vec() });
+        let found = strides.into_iter().chain([1]).collect();
+        return Err(Error::Stride { argument: name.into(), expected, found });
     }
     Ok(bytes)
 }
@@ -570,7 +580,7 @@ fn check_cache(cache: &QkvCache) -> Result<()> {
     if pages > max {
         return Err(Error::value("block_table.shape[1]", format!("at most {max}"), pages));
     }
-    strides_bytes("block_table", Dtype::F32, [cache.num_seqs, pages], [stride, 1]).map(|_| ())
+    strides_bytes("block_table", Dtype::F32, [cache.num_seqs], [stride]).map(|_| ())
 }
 
 /// Rows of a sequence that the cache can hold.
