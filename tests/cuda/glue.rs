@@ -2,6 +2,7 @@
 
 use crate::common::glue_case::{AppendCase, NormCase as AnyNormCase, PairCase, QkvCase, RopeCase, WIDTHS};
 use crate::common::pairs::pairwise;
+use crate::common::simulator::Simulator;
 use crate::common::{Array, Layout as Strides, Output, Rng, assert_rows, naive, seed};
 use crate::{on_devices, staged, with_type};
 use gatefold::args::{KvCache, KvCacheMut};
@@ -766,4 +767,100 @@ fn temperature_of_far_positions() {
             expected.check(&format!("floor_scale {floor_scale}"), 1, [&q, &k, &v]);
         }
     });
+}
+
+// --- counters ---------------------------------------------------------------------------------------------------------
+
+/// What one launch costs: warp instructions, wavefronts of shared memory, sectors of global memory; no bank conflict. With `whole`
+/// every sector is used whole.
+fn cost(simulator: &Simulator, whole: bool) -> (&'static str, [u64; 3]) {
+    let [(entry, c)] = simulator.take_counters()[..] else { panic!("one launch") };
+    assert_eq!(c.shared_wavefronts, c.shared_ideal_wavefronts, "{entry}: bank conflicts");
+    assert!(!whole || c.global_bytes == 32 * c.global_sectors, "{entry}: sectors that are not used whole");
+    (entry, [c.instructions, c.shared_wavefronts, c.global_sectors])
+}
+
+/// 4 rows of 4096 columns: no array is read more often than it must be, and no more instructions than these.
+#[test]
+fn glue_counters() {
+    let (rows, width) = (4, 4096);
+    let elements = (rows * width) as u64;
+    let simulator = &Simulator::new(false);
+    let (mut found, mut sectors) = (Vec::new(), Vec::new());
+    let x: Vec<bf16> = random(40, rows * width, 2.0);
+    let f32s: Vec<f32> = random(41, rows * width, 2.0);
+    let weight: Vec<f32> = random(42, width, 2.0);
+
+    run_silu(simulator, Layout::new(rows, width), false, &x, &x);
+    found.push(cost(simulator, true));
+    run_silu(simulator, Layout::new(rows, width), false, &f32s, &f32s);
+    found.push(cost(simulator, true));
+    sectors.extend([3 * elements * 2 / 32, 3 * elements * 4 / 32]);
+    // A norm reads its rows twice: the sums need all of a row. With a residual it reads what it has stored.
+    let case = NormCase::new(Layout::new(rows, width));
+    // Two vectors of f32 weights for one of bf16: each request uses half of its sectors, and the next one the other half.
+    let weights = elements * 4 / 32;
+    run_norm(simulator, &case, &x, &weight, &x);
+    found.push(cost(simulator, false));
+    run_norm(simulator, &NormCase { residual: Some(1.0), ..case }, &x, &weight, &x);
+    found.push(cost(simulator, false));
+    run_norm(simulator, &case, &f32s, &weight, &f32s);
+    found.push(cost(simulator, true));
+    run_norm(simulator, &NormCase { layout: Layout { lead: 1, ..case.layout }, ..case }, &x, &weight, &x);
+    found.push(cost(simulator, false));
+    let x_bytes = elements * 2;
+    sectors.extend([3 * x_bytes / 32 + 2 * weights, 5 * x_bytes / 32 + 2 * weights, 3 * elements * 4 / 32 + weights]);
+
+    let expected = [
+        ("gatefold_elementwise_bf16", [10624, 0, 3072]),
+        ("gatefold_elementwise_f32", [25856, 0, 6144]),
+        ("gatefold_norm_bf16_f32", [20480, 288, 7168]),
+        ("gatefold_norm_bf16_f32", [27136, 288, 9216]),
+        ("gatefold_norm_f32", [13056, 288, 8192]),
+        ("gatefold_norm_bf16_f32_unaligned", [23712, 288, 41152]),
+    ];
+    for (entry, cost) in &found {
+        println!("{entry}: {cost:?}, {:.3} instructions per element", cost[0] as f64 / elements as f64);
+    }
+    assert_eq!(found[..sectors.len()].iter().map(|(_, cost)| cost[2]).collect::<Vec<_>>(), sectors);
+    assert_eq!(found, expected);
+}
+
+/// 8 tokens of 8 heads of queries, 2 of keys and values, 128 wide: a copy moves each sector once.
+#[test]
+fn qkv_counters() {
+    let simulator = &Simulator::new(false);
+    let mut found = Vec::new();
+    let (n, heads, kv_heads, dim) = (8, 8, 2, 128);
+    for (norm, rope) in [
+        (None, false),
+        (None, true),
+        (Some(QkNorm::PerHead), true),
+        (Some(QkNorm::L2AfterRope), true),
+        (Some(QkNorm::Full), true),
+    ] {
+        let mut spec = QkvPrep::new(heads, kv_heads, dim);
+        spec.qk_norm = norm;
+        spec.rope = rope.then(|| Rope::new(RopeStyle::Half, dim, 1000.0));
+        let mut case = QkvCase::<bf16>::new(&spec, n, Strides::Contiguous, 43);
+        case.tables = case.tables.map(|table| table.with_layout(Strides::Contiguous));
+        case.run::<bf16>(|s, input, out| staged::prepare_qkv(simulator, s, input, out));
+        let (entry, cost) = cost(simulator, false);
+        found.push((norm, rope, cost));
+        assert_eq!(entry, "gatefold_qkv_bf16");
+    }
+    let elements = (n * (heads + 2 * kv_heads) * dim) as f64;
+    for (norm, rope, cost) in &found {
+        println!("{norm:?}, rotation {rope}: {cost:?}, {:.3} instructions per element", cost[0] as f64 / elements);
+    }
+    // Copies move each sector once, in and out.
+    assert_eq!(found[0].2[2], (2 * n * (heads + 2 * kv_heads) * dim * 2 / 32) as u64);
+    let expected = [
+        (None, false, [3652, 0, 1536]),
+        (None, true, [6652, 0, 2324]),
+        (Some(QkNorm::PerHead), true, [11192, 0, 3604]),
+        (Some(QkNorm::L2AfterRope), true, [11512, 0, 3732]),
+        (Some(QkNorm::Full), true, [35928, 320, 5568]),
+    ];
+    assert_eq!(found, expected);
 }
