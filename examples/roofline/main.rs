@@ -10,6 +10,8 @@
 //! Rate and share are of the median call; the fastest is told, too, since other load only ever makes a call slower. Limits are
 //! the best of thousands of short rounds, measured before and after. A share is the least time that the limits allow over the
 //! time taken: the longer of arithmetic and of reading every input once from memory. Goals are shares of the limit.
+//! Calls that memory bounds take turns with plain reads of as many bytes, by all threads: `of a read` is the median call's rate
+//! over the median read's, both of the same seconds.
 //! `--serve` is for the comparison with other libraries, in `benches/compare/cpu`.
 
 mod exchange;
@@ -29,7 +31,7 @@ use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
-use support::roof::{Limits, last_level_cache};
+use support::roof::{Limits, PlainRead, last_level_cache};
 use work::{Goal, WORKLOADS, Workload};
 
 /// Seconds that the calls of one workload take together, unless `--rounds` says how many there are.
@@ -80,12 +82,23 @@ pub struct Outcome {
     bytes: f64,
     /// Sorted.
     seconds: Vec<f64>,
+    /// Of plain reads of as many bytes, sorted; none where arithmetic is the limit.
+    reads: Vec<f64>,
 }
 
 impl Outcome {
     fn median(&self) -> f64 {
-        self.seconds[self.seconds.len() / 2]
+        median(&self.seconds)
     }
+
+    /// Seconds of a plain read over those of a call.
+    fn of_read(&self) -> Option<f64> {
+        (!self.reads.is_empty()).then(|| median(&self.reads) / self.median())
+    }
+}
+
+fn median(sorted: &[f64]) -> f64 {
+    sorted[sorted.len() / 2]
 }
 
 fn main() -> ExitCode {
@@ -153,18 +166,27 @@ fn start(options: &Options, one: &rayon::ThreadPool) -> Result<(), String> {
 /// The workloads that are asked for, in one type.
 fn measure_all<T: Float>(options: &Options, level: Level, outcomes: &mut Vec<Outcome>) -> Result<(), String> {
     let wanted = |w: &&Workload| options.only.is_empty() || options.only.iter().any(|name| w.id.starts_with(name));
+    let mut plain = PlainRead::new();
     let mut kept = Kept::<T>::default();
     for work in WORKLOADS.iter().filter(wanted).filter(|work| work.has(T::DTYPE)) {
         let failed = |problem| format!("{} {}: {problem}", work.id, T::DTYPE);
         let mut job = prepare::<T>(work, level, &mut kept).map_err(failed)?;
         job.check().map_err(failed)?;
         let begin = Instant::now();
-        let mut seconds = time(job.as_mut(), options.rounds.unwrap_or(CALLS)).map_err(failed)?;
-        while options.rounds.is_none() && begin.elapsed().as_secs_f64() < SECONDS {
+        let (mut seconds, mut reads) = (Vec::new(), Vec::new());
+        let is_enough = |calls: usize| match options.rounds {
+            Some(rounds) => calls >= rounds,
+            None => calls >= CALLS && begin.elapsed().as_secs_f64() >= SECONDS,
+        };
+        while !is_enough(seconds.len()) {
+            if work.is_decode() {
+                reads.push(plain.seconds(job.bytes()));
+            }
             seconds.extend(time(job.as_mut(), 1).map_err(failed)?);
         }
         seconds.sort_by(f64::total_cmp);
-        outcomes.push(Outcome { work, dtype: T::DTYPE, bytes: job.bytes(), seconds });
+        reads.sort_by(f64::total_cmp);
+        outcomes.push(Outcome { work, dtype: T::DTYPE, bytes: job.bytes(), seconds, reads });
     }
     Ok(())
 }
@@ -216,15 +238,15 @@ impl Report<'_> {
         }
         println!();
         println!(
-            "{:8} {:36} {:5} {:>12} {:>12} {:>17} {:>9} {:>7}",
-            "", "", "", "median", "fastest", "rate", "of limit", "goal"
+            "{:8} {:36} {:5} {:>12} {:>12} {:>17} {:>9} {:>9} {:>7}",
+            "", "", "", "median", "fastest", "rate", "of limit", "of a read", "goal"
         );
         let mut any_cached = false;
         for outcome in self.outcomes {
             let line = self.line(outcome);
             any_cached |= line.is_cached;
             println!(
-                "{:8} {:36} {:5} {:>9.3} ms {:>9.3} ms {:>9.1} {:7} {:>8}{} {:>7}",
+                "{:8} {:36} {:5} {:>9.3} ms {:>9.3} ms {:>9.1} {:7} {:>8}{} {:>9} {:>7}",
                 outcome.work.id,
                 outcome.work.about,
                 outcome.dtype.name(),
@@ -232,8 +254,9 @@ impl Report<'_> {
                 outcome.seconds[0] * 1e3,
                 line.rate,
                 line.unit,
-                line.share.map_or("-".into(), |share| format!("{:.0} %", 100.0 * share)),
+                percent(line.share),
                 if line.is_cached { '*' } else { ' ' },
+                percent(outcome.of_read()),
                 line.goal
             );
         }
@@ -256,7 +279,7 @@ impl Report<'_> {
                 "workload": outcome.work.id, "about": outcome.work.about, "dtype": outcome.dtype.name(),
                 "median_ms": outcome.median() * 1e3, "min_ms": seconds[0] * 1e3, "max_ms": seconds[seconds.len() - 1] * 1e3,
                 "calls": seconds.len(), "flops": outcome.work.flops(), "bytes": outcome.bytes, "rate": line.rate,
-                "unit": line.unit, "of_limit": line.share, "goal": line.goal,
+                "unit": line.unit, "of_limit": line.share, "of_read": outcome.of_read(), "goal": line.goal,
             })
         });
         json!({
@@ -264,6 +287,10 @@ impl Report<'_> {
             "outcomes": outcomes.collect::<Vec<_>>(),
         })
     }
+}
+
+fn percent(share: Option<f64>) -> String {
+    share.map_or("-".into(), |share| format!("{:.0} %", 100.0 * share))
 }
 
 type Of = fn(&Limits) -> f64;

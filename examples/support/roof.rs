@@ -348,6 +348,38 @@ fn bandwidth() -> f64 {
     (threads * piece * size_of::<Line>()) as f64 / seconds
 }
 
+/// An array to read plainly, in turn with calls that memory bounds: what memory gives changes within seconds where other
+/// machines share it, so the best of a minute ago says little about a call.
+pub struct PlainRead {
+    data: Vec<Line>,
+    next: usize,
+}
+
+impl PlainRead {
+    /// Lines of a piece that a thread reads at a time: 1 MiB.
+    const PIECE: usize = MIB / size_of::<Line>();
+
+    /// An array that no cache holds.
+    pub fn new() -> PlainRead {
+        let data = (0..512 * Self::PIECE).into_par_iter().map(|i| Line([i as u64; 8])).collect();
+        PlainRead { data, next: 0 }
+    }
+
+    /// Seconds of reading `bytes` with all threads; each call goes on where the one before ended.
+    pub fn seconds(&mut self, bytes: f64) -> f64 {
+        let (pieces, all) = ((bytes / MIB as f64).ceil() as usize, self.data.len() / Self::PIECE);
+        let (data, first) = (&self.data, self.next);
+        let start = Instant::now();
+        rayon::broadcast(|thread| {
+            for piece in (thread.index()..pieces).step_by(thread.num_threads()) {
+                black_box(read(&data[(first + piece) % all * Self::PIECE..][..Self::PIECE]));
+            }
+        });
+        self.next = (first + pieces) % all;
+        start.elapsed().as_secs_f64() * bytes / (pieces * MIB) as f64
+    }
+}
+
 /// Bytes per second of reading again and again: on each thread so many bytes of its own, which stay in a cache.
 fn cached(bytes: usize) -> f64 {
     let (threads, part) = (rayon::current_num_threads(), bytes / size_of::<Line>());
