@@ -1,5 +1,6 @@
 //! A launch of a plan allocates nothing, neither on the device nor on the host: counted by an allocator, on a driver that does
-//! nothing. So it can be captured into a graph, and costs no more than the driver's own call.
+//! nothing. So it can be captured into a graph, and costs no more than the driver's own call. And it asks for no more shared memory
+//! than a device has, on devices of three sizes.
 
 use gatefold::cuda::driver::{Driver, Launch, Limits};
 use gatefold::cuda::kernels::Kernel;
@@ -35,14 +36,14 @@ unsafe impl GlobalAlloc for Counting {
 static COUNTING: Counting = Counting;
 
 /// Counts launches and refuses everything else.
-#[derive(Default)]
 struct Nothing {
+    limits: Limits,
     launches: AtomicUsize,
 }
 
 impl Driver for Nothing {
     fn limits(&self) -> Limits {
-        Limits::new(90, 132, 227 << 10)
+        self.limits
     }
     fn allocate(&self, _: usize) -> Result<u64> {
         panic!("a launch allocates on the device")
@@ -61,6 +62,8 @@ impl Driver for Nothing {
     }
     unsafe fn launch(&self, kernel: &'static Kernel, launch: &Launch, params: &[u8], _: Stream) -> Result<()> {
         self.launches.fetch_add(1, Ordering::Relaxed);
+        let shared_bytes = kernel.static_shared_bytes + launch.dynamic_shared_bytes;
+        assert!(shared_bytes <= self.limits.shared_bytes, "{}: {shared_bytes} bytes of shared memory", kernel.entry);
         launch.check(kernel, &self.limits(), params)
     }
     fn synchronize(&self, _: Stream) -> Result<()> {
@@ -74,26 +77,33 @@ fn at(i: u64) -> u64 {
 }
 
 /// Launches, and counts what was allocated meanwhile.
-fn check(name: &str, launch: impl Fn(&Nothing) -> Result<()>) {
-    let driver = Nothing::default();
+fn check(name: &str, limits: Limits, launch: impl Fn(&Nothing) -> Result<()>) {
+    let driver = Nothing { limits, launches: AtomicUsize::new(0) };
     let before = ALLOCATIONS.get();
     let result = launch(&driver);
     let count = ALLOCATIONS.get() - before;
-    result.unwrap_or_else(|error| panic!("{name}: {error}"));
-    assert_eq!(count, 0, "{name} allocates");
-    assert!(driver.launches.load(Ordering::Relaxed) > 0, "{name} launches nothing");
+    result.unwrap_or_else(|error| panic!("{name}, {limits:?}: {error}"));
+    assert_eq!(count, 0, "{name} allocates, {limits:?}");
+    assert!(driver.launches.load(Ordering::Relaxed) > 0, "{name} launches nothing, {limits:?}");
 }
 
-const LIMITS: Limits = Limits::new(90, 132, 227 << 10);
+/// The shared memory that a CTA may ask for: RTX, A100, H100.
+const DEVICES: [Limits; 3] =
+    [Limits::new(89, 128, 99 << 10), Limits::new(80, 108, 163 << 10), Limits::new(90, 132, 227 << 10)];
 const STREAM: Stream = Stream::LEGACY;
 
-/// `plan.launch` on a driver that follows no pointer.
+/// `plan.launch` on a driver that follows no pointer, for each of the devices: `limits`.
 macro_rules! check {
-    ($plan:expr, $args:expr) => {{
-        let (plan, args) = ($plan, $args);
-        // SAFETY: nothing is launched, so no pointer is followed.
-        check(stringify!($plan), |driver| unsafe { plan.launch(driver, &args, STREAM) });
-    }};
+    (|$limits:ident| $plan:expr, $args:expr) => {
+        for $limits in &DEVICES {
+            let (plan, args) = ($plan, $args);
+            // SAFETY: nothing is launched, so no pointer is followed.
+            check(stringify!($plan), *$limits, |driver| unsafe { plan.launch(driver, &args, STREAM) });
+        }
+    };
+    ($plan:expr, $args:expr) => {
+        check!(|_limits| $plan, $args)
+    };
 }
 
 #[test]
@@ -109,19 +119,47 @@ fn rows() {
     let combine = Combine::new(Dtype::BF16, 5, 2, 64);
     let args = CombineArgs::new(at(1), at(2), at(3)).with_weights(at(4)).with_shared(at(5), Some(at(6)));
     check!(CombinePlan::new(&combine).unwrap(), args.with_residual(at(7)));
+    // The most slots of a token, and the most experts to sort by
+    let combine = Combine::new(Dtype::F32, 5, 3071, 64);
+    check!(CombinePlan::new(&combine).unwrap(), CombineArgs::new(at(1), at(2), at(3)).with_weights(at(4)));
+    let experts = ExpertFfn::new(2048, Ffn::gated(256, 128, Activation::Silu));
+    for num_tokens in [1, 5000] {
+        let sort = GroupTokensArgs::new(at(1), at(2), at(3), at(4), at(5), at(6)).with_workspace(at(7));
+        check!(GroupTokensPlan::new(&GroupTokens::new(&experts, num_tokens, 8)).unwrap(), sort);
+    }
+}
+
+/// Two sequences with a cache.
+fn attend(spec: &Attention, dtype: Dtype, tokens: usize, max_q_len: usize) {
+    let mut problem = AttentionProblem::new(spec.clone(), dtype, 2, tokens, KvShape::cache(4096));
+    (problem.max_q_len, problem.max_kv_len) = (max_q_len, 4096);
+    let mut args = AttentionArgs::new(at(1), at(2), at(2), at(4));
+    (args.cu_seqlens_q, args.kv_lens, args.workspace) = (Some(at(5)), Some(at(6)), at(7));
+    if spec.head_dim <= 256 {
+        args.v = at(3);
+    } else {
+        problem.v_strides = problem.k_strides;
+    }
+    check!(|limits| AttentionPlan::new(&problem, limits).unwrap(), args);
 }
 
 #[test]
 fn attention() {
     let mut spec = Attention::new(8, 2, 64);
     spec.mask.causal = true;
-    for (tokens, max_q_len) in [(2, 1), (80, 40)] {
-        let mut problem = AttentionProblem::new(spec.clone(), Dtype::BF16, 2, tokens, KvShape::cache(4096));
-        (problem.max_q_len, problem.max_kv_len) = (max_q_len, 4096);
-        let mut args = AttentionArgs::new(at(1), at(2), at(3), at(4));
-        (args.cu_seqlens_q, args.kv_lens, args.workspace) = (Some(at(5)), Some(at(6)), at(7));
-        check!(AttentionPlan::new(&problem, &LIMITS).unwrap(), args);
+    let widths = [(64, 64), (128, 128), (192, 128), (256, 256)];
+    for (head_dim, value_dim) in widths {
+        (spec.head_dim, spec.value_dim) = (head_dim, value_dim);
+        for (tokens, max_q_len) in [(2, 1), (80, 40), (400, 200)] {
+            attend(&spec, Dtype::BF16, tokens, max_q_len);
+            attend(&spec, Dtype::F32, tokens, max_q_len);
+        }
     }
+    // Latent rows, whose values are their first columns
+    let mla = Mla::new(128, 512, 128, 64, 128);
+    let absorbed = mla.absorbed(&mla.expanded());
+    attend(&absorbed, Dtype::BF16, 2, 1);
+    attend(&absorbed, Dtype::F32, 2, 1);
     let problem = QkvProblem::new(QkvPrep::new(8, 2, 64), Dtype::BF16, 5, 100);
     let mut args = QkvArgs::default();
     (args.q, args.k, args.v, args.q_out, args.k_out, args.v_out) = (at(1), at(2), at(3), at(4), at(5), at(6));
@@ -134,7 +172,11 @@ fn linear_attention() {
     let mut args = RetentionArgs::default();
     (args.q, args.k, args.v, args.decay, args.out) = (at(1), at(2), at(3), at(4), at(5));
     (args.state_in, args.state_out) = (at(6), at(7));
-    check!(RetentionPlan::new(&RetentionProblem::new(Retention::new(4, 32, 64), Dtype::BF16, 37)).unwrap(), args);
+    // Up to the widest key
+    for head_dim in [32, 792] {
+        let problem = RetentionProblem::new(Retention::new(4, head_dim, 64), Dtype::BF16, 37);
+        check!(RetentionPlan::new(&problem).unwrap(), args);
+    }
     let mut args = WkvArgs::default();
     (args.k, args.v, args.decay, args.first, args.out) = (at(1), at(2), at(3), at(4), at(5));
     (args.state_in, args.state_out) = (at(6), at(7));
@@ -148,27 +190,30 @@ fn mixtures() {
         router.groups = Some(ExpertGroups::new(8, 4, GroupScore::Top2Sum));
         let logits = RouterLogits::new(Dtype::BF16, num_tokens, 64, 256);
         let args = RouterLogitsArgs::new(at(1), at(2), at(3));
-        check!(RouterLogitsPlan::new(&logits, &LIMITS).unwrap(), args);
+        check!(|limits| RouterLogitsPlan::new(&logits, limits).unwrap(), args);
         let route = RouteArgs::new(at(1), at(2), at(3));
         check!(RoutePlan::new(&Route::new(&router, num_tokens)).unwrap(), route);
         let experts = ExpertFfn::new(64, Ffn::gated(256, 128, Activation::Silu));
         let sort = GroupTokensArgs::new(at(1), at(2), at(3), at(4), at(5), at(6)).with_workspace(at(7));
         check!(GroupTokensPlan::new(&GroupTokens::new(&experts, num_tokens, 8)).unwrap(), sort);
         let product = GroupedGemm::linear(Dtype::BF16, num_tokens, 256, 128);
-        check!(GroupedGemmPlan::new(&product, &LIMITS).unwrap(), GroupedGemmArgs::new(at(1), at(2), at(3)));
+        let args = GroupedGemmArgs::new(at(1), at(2), at(3));
+        check!(|limits| GroupedGemmPlan::new(&product, limits).unwrap(), args);
+        let product = GroupedGemm::linear(Dtype::F32, num_tokens, 256, 128);
+        check!(|limits| GroupedGemmPlan::new(&product, limits).unwrap(), args);
         let weights = FfnArgs::new(at(1), at(2), at(3));
         let block = MlpProblem::new(&experts.ffn, Dtype::BF16, num_tokens);
-        check!(MlpPlan::new(&block, &LIMITS).unwrap(), MlpArgs::new(at(4), weights, at(5), at(6)));
+        check!(|limits| MlpPlan::new(&block, limits).unwrap(), MlpArgs::new(at(4), weights, at(5), at(6)));
         let problem = ExpertFfnProblem::new(&experts, Dtype::BF16, num_tokens, 8);
         let args = ExpertFfnArgs::new(at(4), at(5), at(6), weights, at(7), at(8));
-        check!(ExpertFfnPlan::new(&problem, &LIMITS).unwrap(), args);
+        check!(|limits| ExpertFfnPlan::new(&problem, limits).unwrap(), args);
         let mut spec = Moe::new(router, experts);
         let mut shared = SharedExpert::new(experts.ffn);
         shared.sigmoid_gate = true;
         spec.shared = Some(shared);
         let mut args = MoeArgs::new(at(4), at(5), weights, at(6), at(7));
         (args.shared, args.shared_gate) = (Some(FfnArgs::new(at(8), at(9), at(10))), Some(at(11)));
-        check!(MoePlan::new(&MoeProblem::new(&spec, Dtype::BF16, num_tokens), &LIMITS).unwrap(), args);
+        check!(|limits| MoePlan::new(&MoeProblem::new(&spec, Dtype::BF16, num_tokens), limits).unwrap(), args);
     }
 }
 
@@ -209,6 +254,7 @@ fn no_plan_is_missing() {
     let plans: Vec<&str> = exports.map(str::trim).filter(|name| name.ends_with("Plan")).collect();
     assert!(plans.len() >= 12, "{plans:?}");
     for plan in plans {
-        assert!(include_str!("cuda_alloc.rs").contains(&format!("check!({plan}::new(")), "{plan} is not launched");
+        let launched = ["check!(", "check!(|limits| "].map(|check| format!("{check}{plan}::new("));
+        assert!(launched.iter().any(|text| include_str!("cuda_alloc.rs").contains(text)), "{plan} is not launched");
     }
 }

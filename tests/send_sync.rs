@@ -30,6 +30,14 @@ fn send_and_sync() {
 #[test]
 #[cfg(feature = "cuda")]
 fn send_and_sync_cuda() {
-    both::<gatefold::cuda::Device>();
-    both::<(gatefold::cuda::NormPlan, gatefold::cuda::ElementwisePlan)>();
+    use gatefold::cuda::*;
+    both::<Device>();
+    both::<(AttentionPlan, MergePlan, QkvPlan, RetentionPlan, WkvPlan, NormPlan, ElementwisePlan, GroupedGemmPlan)>();
+    both::<(RouterLogitsPlan, RoutePlan, GroupTokensPlan, MlpPlan, ExpertFfnPlan, CombinePlan, MoePlan)>();
+    let exports = include_str!("../src/cuda.rs").split("pub use ").skip(1);
+    let names = exports.flat_map(|list| list.split(['{', '}', ',', ';', ' '])).map(str::trim);
+    for plan in names.filter(|name| name.ends_with("Plan")) {
+        let named = |text: &str| text.split(['(', ',', ' ', ')']).any(|word| word == plan);
+        assert!(named(include_str!("send_sync.rs")), "{plan} is not named here");
+    }
 }
