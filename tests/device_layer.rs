@@ -4,6 +4,9 @@
 
 #![cfg(all(feature = "serde", gatefold_simulator))]
 
+#[cfg(feature = "cuda")]
+#[path = "common/skip.rs"]
+mod skip;
 #[path = "../examples/support/mod.rs"]
 mod support;
 
@@ -11,6 +14,8 @@ use gatefold::cpu::Float;
 use gatefold::cuda::driver::{Driver, Recorder};
 use gatefold::spec::{AttentionBlock, HfConfig, Layer};
 use half::{bf16, f16};
+#[cfg(feature = "cuda")]
+use skip::skipped;
 use std::path::Path;
 use support::array::Array;
 use support::layer::{Cache, LayerWeights, Rows};
@@ -102,7 +107,7 @@ fn on_devices(check: impl Fn(&dyn Recorder)) {
         Ok(device) => check(&device),
         Err(error) => {
             assert!(std::env::var_os("GATEFOLD_REQUIRE_CUDA").is_none_or(|value| value != "1"), "{error}");
-            println!("SKIPPED on a GPU: {error}");
+            skipped(format_args!("on a GPU: {error}"));
         }
     }
 }
