@@ -339,7 +339,7 @@ fn launch() {
     let entry = kernel.entry;
     assert_eq!(
         refused(&Launch::grid([1, 65536, 1]), &params.to_bytes()),
-        format!("`grid of {entry}` is [1, 65536, 1], expected 1 to [2147483647, 65535, 65535] blocks")
+        format!("`grid of {entry}` is [1, 65536, 1], expected 1 to [2147483647, 65535, 65535] CTAs")
     );
     assert_eq!(
         refused(&Launch::grid([1, 1, 1]), &[0; 59]),

@@ -35,7 +35,7 @@ pub struct Limits {
     pub sm: u32,
     /// Multiprocessors.
     pub num_sms: u32,
-    /// Largest shared memory of a block, in bytes, for kernels that ask for more than the usual 48 KiB.
+    /// Largest shared memory of a CTA (thread block), in bytes, for kernels that ask for more than the usual 48 KiB.
     pub shared_bytes: u32,
 }
 
@@ -46,22 +46,23 @@ impl Limits {
     }
 }
 
-/// How a kernel is launched, besides its parameters. The block size is the kernel's own.
+/// How a kernel is launched, besides its parameters. The threads of a CTA are the kernel's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Launch {
-    /// Blocks along x, y, z.
+    /// CTAs along x, y, z.
     pub grid: [u32; 3],
     /// Shared memory beyond what the kernel's text declares.
     pub dynamic_shared_bytes: u32,
-    /// Blocks of a cluster along x, y, z; `[1, 1, 1]` without clusters.
+    /// CTAs of a cluster along x, y, z; `[1, 1, 1]` without clusters.
     pub cluster: [u32; 3],
-    /// Start before the previous kernel of the stream has ended; the kernel itself waits (`griddepcontrol`).
+    /// Start before the previous kernel of the stream has ended; the kernel itself must wait (`griddepcontrol`). No kernel of
+    /// this crate does so, and so no plan sets it.
     pub programmatic: bool,
 }
 
 impl Launch {
-    /// A plain launch of so many blocks.
+    /// A plain launch of so many CTAs.
     pub const fn grid(grid: [u32; 3]) -> Self {
         Launch { grid, dynamic_shared_bytes: 0, cluster: [1; 3], programmatic: false }
     }
@@ -76,9 +77,9 @@ impl Launch {
         };
         const MAX_GRID: [u32; 3] = [i32::MAX as u32, 65535, 65535];
         if self.grid.iter().zip(MAX_GRID).any(|(n, max)| *n == 0 || *n > max) {
-            return fail("grid", format!("1 to {MAX_GRID:?} blocks"), format!("{:?}", self.grid));
+            return fail("grid", format!("1 to {MAX_GRID:?} CTAs"), format!("{:?}", self.grid));
         }
-        if self.cluster.iter().zip(self.grid).any(|(n, blocks)| *n == 0 || blocks % *n != 0) {
+        if self.cluster.iter().zip(self.grid).any(|(n, ctas)| *n == 0 || ctas % *n != 0) {
             return fail("cluster", format!("a divisor of the grid {:?}", self.grid), format!("{:?}", self.cluster));
         }
         if params.len() != kernel.param_bytes() {

@@ -300,7 +300,7 @@ impl GroupTokensPlan {
         let tile_list_bytes = 16 * max_tiles as u64;
         // A warp's counts are of 16 bits, all warps' and their totals; 32 bits for the first rows.
         let sort_shared_bytes = (2 * (WARPS + 1) + 4) * self.padded_experts;
-        let launch = |blocks, dynamic_shared_bytes| Launch { dynamic_shared_bytes, ..Launch::grid([blocks, 1, 1]) };
+        let launch = |ctas, dynamic_shared_bytes| Launch { dynamic_shared_bytes, ..Launch::grid([ctas, 1, 1]) };
         if self.sort_tiles == 1 {
             let params = one_cta::Params {
                 topk_ids_ptr: args.topk_ids,

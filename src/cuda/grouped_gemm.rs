@@ -627,7 +627,7 @@ impl Choice<'_> {
     }
 
     /// The class for groups of so many rows: the smallest tile that takes them at once, or the largest; smaller ones where that
-    /// leaves multiprocessors without work, because their blocks are done sooner.
+    /// leaves multiprocessors without work, because their CTAs are done sooner.
     fn class(&self, num_groups: usize, rows: usize) -> Result<usize> {
         let first = CLASSES.iter().position(|tile| rows <= *tile).unwrap_or(CLASSES.len() - 1);
         let mut smallest = None;
@@ -648,7 +648,7 @@ impl Choice<'_> {
         let index = self.instance(class)?;
         let instance = &kernels::INSTANCES[index];
         let col_tiles = self.outputs.div_ceil(instance.tile_cols as usize);
-        // A unit's number, and the next one of a block, fit 32 bits.
+        // A unit's number, and the next one of a CTA, fit 32 bits.
         let units = tiles.saturating_mul(col_tiles);
         if units > 1 << 31 {
             return Err(Error::unsupported("cuda", format!("{tiles} x {col_tiles} tiles in one product")));
@@ -659,9 +659,9 @@ impl Choice<'_> {
         Ok(Pass { instance: index, stages, col_tiles, group_tiles, grid })
     }
 
-    /// Stages of the ring, and blocks on a multiprocessor: the deeper ring where it costs no block.
+    /// Stages of the ring, and CTAs on a multiprocessor: the deeper ring where it costs no CTA.
     fn stages(&self, instance: &kernels::Instance) -> Result<(u32, u32)> {
-        // A multiprocessor has 1 KiB more than its largest block, and every block takes 1 KiB more than it asks for.
+        // A multiprocessor has 1 KiB more than its largest CTA, and every CTA takes 1 KiB more than it asks for.
         const RESERVED: u32 = 1 << 10;
         let ctas = |stages: u32| {
             ((self.limits.shared_bytes + RESERVED) / (stages * instance.stage_bytes + RESERVED)).min(instance.ctas)
@@ -670,10 +670,7 @@ impl Choice<'_> {
             if ctas(instance.deep_stages) == ctas(instance.stages) { instance.deep_stages } else { instance.stages };
         if ctas(stages) == 0 {
             let (needed, found) = (instance.stages * instance.stage_bytes, self.limits.shared_bytes);
-            return Err(Error::unsupported(
-                "cuda",
-                format!("blocks with {found} bytes of shared memory, not {needed}"),
-            ));
+            return Err(Error::unsupported("cuda", format!("CTAs with {found} bytes of shared memory, not {needed}")));
         }
         Ok((stages, ctas(stages)))
     }
@@ -749,8 +746,8 @@ mod tests {
                 assert_eq!(pass.instance, index);
                 let bytes = pass.stages * instance.stage_bytes;
                 assert!(bytes <= limits.shared_bytes);
-                let blocks = pass.grid.div_ceil(limits.num_sms);
-                assert!(blocks * (bytes + 1024) <= limits.shared_bytes + 1024, "{}: {blocks}", instance.kernel.entry);
+                let ctas = pass.grid.div_ceil(limits.num_sms);
+                assert!(ctas * (bytes + 1024) <= limits.shared_bytes + 1024, "{}: {ctas}", instance.kernel.entry);
             }
         }
         let stages = |limits| {
@@ -767,10 +764,10 @@ mod tests {
             (pass.stages, pass.grid)
         };
         assert_eq!(stages(&RTX), (3, 128));
-        assert_eq!(stages(&A100), (4, 108), "one block either way: the deeper ring");
-        assert_eq!(stages(&H200), (3, 264), "two blocks");
+        assert_eq!(stages(&A100), (4, 108), "one CTA either way: the deeper ring");
+        assert_eq!(stages(&H200), (3, 264), "two CTAs");
         let none = GroupedGemmPlan::new(&good(), &Limits::new(75, 40, 32 << 10)).unwrap_err();
-        assert_eq!(none.to_string(), "unsupported by cuda: blocks with 32768 bytes of shared memory, not 61440");
+        assert_eq!(none.to_string(), "unsupported by cuda: CTAs with 32768 bytes of shared memory, not 61440");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::spec::Mla;
 /// * `kv_b`: `[num_heads, nope_dim + value_dim, kv_lora_rank]`, of which the first `nope_dim` rows make keys
 /// * `out`: `[num_tokens, num_heads, kv_lora_rank]`; the rotated part of the query goes behind it
 ///
-/// Numerics as [`linear`](super::linear()); f32 is multiplied in full, whatever the queue says.
+/// Numerics as [`linear`](super::linear()); f32 is multiplied in full, whatever the queue says. No token is a legal call.
 ///
 /// # Errors
 /// Those of [`Mla::validate`]; [`Error::Shape`](crate::Error::Shape), [`Error::Stride`](crate::Error::Stride),
@@ -42,7 +42,7 @@ pub fn mla_absorb_query<T: Element>(
 /// * `latent`: `[num_tokens, num_heads, kv_lora_rank]`, `out`: `[num_tokens, num_heads, value_dim]`
 /// * `kv_b`: as in [`mla_absorb_query`]; its last `value_dim` rows make values
 ///
-/// Numerics as [`linear`](super::linear()).
+/// Numerics as [`linear`](super::linear()). No token is a legal call.
 ///
 /// # Errors
 /// As [`mla_absorb_query`].

@@ -318,7 +318,8 @@ impl NormPlan {
     }
 }
 
-/// RMS norm or layer norm over the last dimension, one rounding to `T` at the end.
+/// RMS norm or layer norm over the last dimension, one rounding to `T` at the end. No row is a legal call, and so are rows of no
+/// columns.
 ///
 /// ```text
 /// rms:    out = x / sqrt(mean(x^2) + eps) * (weight + weight_offset)

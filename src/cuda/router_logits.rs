@@ -101,7 +101,7 @@ pub struct RouterLogitsPlan {
     workspace_bytes: usize,
 }
 
-/// A kernel and what a block of it covers.
+/// A kernel and what a CTA of it covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Tile {
     kernel: &'static Kernel,
@@ -112,7 +112,7 @@ struct Tile {
 }
 
 impl Tile {
-    fn blocks(&self, problem: &RouterLogits) -> usize {
+    fn ctas(&self, problem: &RouterLogits) -> usize {
         problem.num_tokens.div_ceil(self.tokens) * problem.num_experts.div_ceil(self.experts)
     }
 }
@@ -188,7 +188,7 @@ impl RouterLogitsPlan {
         let x_stride_bytes = stride_bytes("hidden", x, num_tokens, x_stride)?;
         let weight_stride_bytes = stride_bytes("weight", weight_dtype, num_experts, problem.weight_stride)?;
         let enough = limits.num_sms.max(1) as usize;
-        let wide = aligned.iter().find(|tile| tile.blocks(problem) >= enough).or(aligned.last()).copied();
+        let wide = aligned.iter().find(|tile| tile.ctas(problem) >= enough).or(aligned.last()).copied();
         let aligned = wide.filter(|tile| {
             let row_bytes = [x, weight_dtype].map(|dtype| (hidden_size * dtype.size_bytes()) as u64);
             let strides = [x_stride_bytes, weight_stride_bytes];

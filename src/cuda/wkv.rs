@@ -117,8 +117,8 @@ impl WkvPlan {
                 return Err(Error::Stride { argument: name.into(), expected, found: vec![outer, inner, 1] });
             }
         }
-        let blocks = channels.div_ceil(instance.kernel.threads as usize) as u32;
-        Ok(WkvPlan { problem: problem.clone(), grid: [blocks, batch as u32, 1], kernel: &instance.kernel })
+        let ctas = channels.div_ceil(instance.kernel.threads as usize) as u32;
+        Ok(WkvPlan { problem: problem.clone(), grid: [ctas, batch as u32, 1], kernel: &instance.kernel })
     }
 
     /// Name of the kernel.
@@ -292,7 +292,8 @@ impl<'a, T> WkvOutput<'a, T> {
 /// * `k`, `v`, `out`: `[batch, seq, channels]`; `decay`, `first`: `[channels]`
 /// * `state_in`, `state_out`: `[3, batch, channels]`; the state starts as `(0, 0, -1e38)`
 ///
-/// All in f32, one rounding to `T` at the end.
+/// All in f32, one rounding to `T` at the end. No sequence and no channel is a legal call; without tokens `state_out` is the state
+/// that there was.
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Stride`], [`Error::Len`]; those of [`WkvPlan::new`] and [`WkvPlan::launch`]. Nothing is written then.

@@ -693,7 +693,7 @@ fn grouped_far() {
     on_devices(true, |driver| check_far(driver));
 }
 
-/// A device with little shared memory and few multiprocessors: the same bits, blocks that walk over many tiles.
+/// A device with little shared memory and few multiprocessors: the same bits, CTAs that walk over many tiles.
 #[test]
 fn small_devices() {
     let mut case = Grouped::new(&[70, 5, 200, 33, 0, 16], 200, 136);

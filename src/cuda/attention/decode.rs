@@ -19,14 +19,14 @@ const MAX_PREFILL_COLS: u32 = 256;
 /// Most splits: the y extent of a grid.
 const MAX_SPLITS: u32 = 65535;
 
-/// Most blocks: the x extent of a grid.
-const MAX_BLOCKS: u64 = i32::MAX as u64;
+/// Most CTAs: the x extent of a grid.
+const MAX_CTAS: u64 = i32::MAX as u64;
 
 /// A kernel for the parts, and what a launch needs to know of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Part {
     kernel: &'static Kernel,
-    /// Rows of a block.
+    /// Rows of a CTA.
     rows: u32,
     /// Keys of a split.
     split: u32,
@@ -49,11 +49,11 @@ pub(super) struct DecodePlan {
     merge: Option<MergeStep>,
 }
 
-/// The second step: its kernel, and the blocks of tokens and heads, and of columns.
+/// The second step: its kernel, and its CTAs along tokens and heads, and along columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct MergeStep {
     kernel: &'static Kernel,
-    blocks: [u32; 2],
+    ctas: [u32; 2],
 }
 
 /// Bytes of a row of keys or queries of f32, as the kernel asks for it: an odd number of 16 bytes.
@@ -71,7 +71,7 @@ impl DecodePlan {
 
     /// # Errors
     /// [`Error::Unsupported`] for widths that no kernel has, or more shared memory than `limits` allow; [`Error::Value`] for more
-    /// blocks than a grid has.
+    /// CTAs than a grid has.
     pub fn new(geometry: Geometry, limits: &Limits) -> Result<Self> {
         let (head_dim, value_dim) = (geometry.head_dim, geometry.value_dim);
         let unsupported = || {
@@ -94,7 +94,7 @@ impl DecodePlan {
             (aligned, shared_kv) = (None, None);
             unaligned = Some(part).filter(|part| value_dim <= instance.max_value_cols && fits(part));
         } else {
-            // Rows of a block only as many as there are heads: queries of a call are never a reason to choose another kernel.
+            // Rows of a CTA only as many as there are heads: queries of a call are never a reason to choose another kernel.
             let group_size = geometry.group_size();
             // The table goes from narrow to wide, and from few rows to many.
             let find = |is_aligned: bool, is_shared: bool| {
@@ -135,12 +135,12 @@ impl DecodePlan {
             return Err(Error::value("max_kv_len", format!("at most {limit}"), geometry.max_kv_len));
         }
         let rows = u64::from(geometry.num_tokens) * u64::from(geometry.num_heads);
-        let blocks = [rows as u32, value_dim.div_ceil(merge.cols_per_cta)]; // at most 2^31 - 1 rows, seen below
-        let merge = (num_splits > 1).then_some(MergeStep { kernel: &merge.kernel, blocks });
+        let ctas = [rows as u32, value_dim.div_ceil(merge.cols_per_cta)]; // at most 2^31 - 1 rows, seen below
+        let merge = (num_splits > 1).then_some(MergeStep { kernel: &merge.kernel, ctas });
         let plan = DecodePlan { aligned, unaligned, shared_kv, num_splits, merge, geometry };
-        if plan.parts().any(|part| plan.blocks(part) > MAX_BLOCKS) || rows > MAX_BLOCKS {
-            let expected = format!("at most {MAX_BLOCKS} blocks");
-            return Err(Error::value("num_seqs * num_kv_heads * max_q_len", expected, plan.blocks(&unaligned)));
+        if plan.parts().any(|part| plan.ctas(part) > MAX_CTAS) || rows > MAX_CTAS {
+            let expected = format!("at most {MAX_CTAS} CTAs");
+            return Err(Error::value("num_seqs * num_kv_heads * max_q_len", expected, plan.ctas(&unaligned)));
         }
         Ok(plan)
     }
@@ -150,14 +150,14 @@ impl DecodePlan {
         [self.shared_kv.as_ref(), self.aligned.as_ref(), Some(&self.unaligned)].into_iter().flatten()
     }
 
-    /// Blocks of the rows of one sequence and key/value head.
+    /// CTAs for the rows of one sequence and key/value head.
     fn row_blocks(&self, part: &Part) -> u32 {
         let rows = u64::from(self.geometry.max_q_len) * u64::from(self.geometry.group_size());
         u32::try_from(rows.div_ceil(u64::from(part.rows))).unwrap_or(u32::MAX)
     }
 
-    /// Blocks of a split.
-    fn blocks(&self, part: &Part) -> u64 {
+    /// CTAs of a split.
+    fn ctas(&self, part: &Part) -> u64 {
         let heads = u64::from(self.geometry.num_seqs) * u64::from(self.geometry.num_kv_heads);
         heads.saturating_mul(u64::from(self.row_blocks(part)))
     }
@@ -182,11 +182,16 @@ impl DecodePlan {
         self.layout().1
     }
 
+    /// # Errors
+    /// As [`AttentionPlan::warmup`](super::AttentionPlan::warmup).
     pub fn warmup(&self, driver: &dyn Driver) -> Result<()> {
         let merge = self.merge.map(|merge| merge.kernel);
         self.parts().map(|part| part.kernel).chain(merge).try_for_each(|kernel| driver.load(kernel))
     }
 
+    /// # Errors
+    /// As [`AttentionPlan::launch`](super::AttentionPlan::launch).
+    ///
     /// # Safety
     /// As [`AttentionPlan::launch`](super::AttentionPlan::launch).
     pub unsafe fn launch(&self, driver: &dyn Driver, args: &AttentionArgs, stream: Stream) -> Result<()> {
@@ -210,7 +215,7 @@ impl DecodePlan {
             (_, Some(part)) if is_aligned => part,
             _ => &self.unaligned,
         };
-        let mut launch = Launch::grid([self.blocks(part) as u32, self.num_splits, 1]); // at most 2^31 - 1, seen by `new`
+        let mut launch = Launch::grid([self.ctas(part) as u32, self.num_splits, 1]); // at most 2^31 - 1, seen by `new`
         launch.dynamic_shared_bytes = part.dynamic_shared_bytes;
         let (num_kv_heads, row_blocks) = (geometry.num_kv_heads, self.row_blocks(part));
         let params = if geometry.dtype == Dtype::F32 {
@@ -271,7 +276,7 @@ impl DecodePlan {
             max_q_len: geometry.max_q_len,
             max_kv_len: geometry.max_kv_len,
         };
-        let launch = Launch::grid([merge.blocks[0], merge.blocks[1], 1]);
+        let launch = Launch::grid([merge.ctas[0], merge.ctas[1], 1]);
         // SAFETY: as above; the parts that the merge reads were written by the kernel before it on the stream: both take the same
         // queries and splits from the same lengths.
         unsafe { driver.launch(merge.kernel, &launch, &params.to_bytes(), stream) }
@@ -300,7 +305,7 @@ mod tests {
     use crate::cuda::attention::AttentionProblem;
     use crate::spec::{Attention, Mla};
 
-    /// Largest shared memory of a block, in KiB: RTX, A100, H100.
+    /// Largest shared memory of a CTA, in KiB: RTX, A100, H100.
     const SHARED: [u32; 3] = [99, 163, 227];
 
     fn plan_of(problem: &AttentionProblem, shared_kib: u32) -> Result<DecodePlan> {
@@ -338,7 +343,7 @@ mod tests {
         }
     }
 
-    /// Values that are columns of the keys: one tile for both, more rows in a block where there is room.
+    /// Values that are columns of the keys: one tile for both, more rows in a CTA where there is room.
     #[test]
     fn shared_rows() {
         let kernel = |heads: usize, shared| {
@@ -357,18 +362,18 @@ mod tests {
         assert_eq!(kernel(128, 227), "gatefold_attention_decode_f16_576_512_shared_64");
     }
 
-    /// The workspace has a row per split, token and head; the grid a block per sequence, key/value head and 16 rows.
+    /// The workspace has a row per split, token and head; the grid a CTA per sequence, key/value head and 16 rows.
     #[test]
     fn sizes() {
         let plan = plan_of(&problem(Dtype::BF16, (8, 2), (128, 128)), 99).unwrap();
         assert_eq!(plan.num_splits, 4);
         assert_eq!(plan.workspace_bytes(), 4 * 4 * 8 * (128 + 2) * 4);
-        assert_eq!(plan.blocks(&plan.unaligned), 8);
+        assert_eq!(plan.ctas(&plan.unaligned), 8);
         let mut appended = problem(Dtype::BF16, (8, 2), (128, 128));
         appended.max_q_len = 16;
         appended.num_tokens = 64;
         let plan = plan_of(&appended, 99).unwrap();
-        assert_eq!(plan.blocks(&plan.unaligned), 8 * 4);
+        assert_eq!(plan.ctas(&plan.unaligned), 8 * 4);
         // One split is all: neither workspace nor merge.
         for max_kv_len in [0, 1, 256] {
             let problem = AttentionProblem { max_kv_len, ..problem(Dtype::BF16, (8, 2), (128, 128)) };

@@ -148,8 +148,8 @@ impl MergePlan {
         check("lses", &shape[..3], &problem.lses_strides, Dtype::F32, false)?;
         check("out", &shape[1..], &problem.out_strides, out_dtype, true)?;
         check("lse", &shape[1..3], &problem.lse_strides, Dtype::F32, true)?;
-        let blocks = value_dim.div_ceil(instance.cols_per_cta as usize).max(1);
-        let grid = [(num_tokens * num_heads) as u32, blocks as u32, 1];
+        let col_ctas = value_dim.div_ceil(instance.cols_per_cta as usize).max(1);
+        let grid = [(num_tokens * num_heads) as u32, col_ctas as u32, 1];
         Ok(MergePlan { problem: problem.clone(), kernel: &instance.kernel, grid })
     }
 

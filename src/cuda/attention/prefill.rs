@@ -15,13 +15,17 @@ pub(super) struct PrefillPlan {
     shared_bytes: u32,
     /// Tiles of query rows per head and sequence.
     num_tiles: u32,
-    /// Blocks; 0 if there is nothing to do.
+    /// CTAs; 0 if there is nothing to do.
     grid: u32,
 }
 
 impl PrefillPlan {
     /// Chooses the kernel: the narrowest for the widths of the heads; of two with the same widths, and so the same bits, the
     /// one with short tiles where no sequence fills a long one.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for heads of more than 256 columns, more shared memory than `limits` allow, or more CTAs than a grid
+    /// has; [`Error::Stride`] for heads of 16-bit elements that do not begin at multiples of 16 bytes.
     pub fn new(geometry: Geometry, limits: &Limits) -> Result<Self> {
         let (head_dim, value_dim) = (geometry.head_dim, geometry.value_dim);
         if head_dim > 256 || value_dim > 256 {
@@ -60,13 +64,13 @@ impl PrefillPlan {
             return Err(Error::unsupported("cuda", case));
         }
         let num_tiles = geometry.max_q_len.div_ceil(rows);
-        let blocks = u64::from(num_tiles) * u64::from(geometry.num_heads);
-        let grid = blocks.checked_mul(u64::from(geometry.num_seqs)).filter(|blocks| *blocks <= i32::MAX as u64);
+        let ctas = u64::from(num_tiles) * u64::from(geometry.num_heads);
+        let grid = ctas.checked_mul(u64::from(geometry.num_seqs)).filter(|ctas| *ctas <= i32::MAX as u64);
         let grid = grid.ok_or_else(|| {
             let (heads, seqs) = (geometry.num_heads, geometry.num_seqs);
             Error::unsupported(
                 "cuda",
-                format!("{num_tiles} tiles of {heads} heads of {seqs} sequences: 2^31 blocks or more"),
+                format!("{num_tiles} tiles of {heads} heads of {seqs} sequences: 2^31 CTAs or more"),
             )
         })?;
         Ok(PrefillPlan { geometry, kernel, shared_bytes, num_tiles, grid: grid as u32 })
@@ -76,10 +80,15 @@ impl PrefillPlan {
         self.kernel.entry
     }
 
+    /// # Errors
+    /// As [`AttentionPlan::warmup`](super::AttentionPlan::warmup).
     pub fn warmup(&self, driver: &dyn Driver) -> Result<()> {
         driver.load(self.kernel)
     }
 
+    /// # Errors
+    /// As [`AttentionPlan::launch`](super::AttentionPlan::launch).
+    ///
     /// # Safety
     /// As [`AttentionPlan::launch`](super::AttentionPlan::launch).
     pub unsafe fn launch(&self, driver: &dyn Driver, args: &AttentionArgs, stream: Stream) -> Result<()> {

@@ -356,6 +356,10 @@ impl Geometry {
     }
 
     /// The pointers are there where they must be, not null, and aligned to their elements; `out` and `lse` are not inputs.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a pointer that is null or not aligned; [`Error::Presence`] for one that the plan does not have, or lacks;
+    /// [`Error::Overlap`].
     pub fn check_args(&self, args: &AttentionArgs) -> Result<()> {
         let elem = self.dtype.size_bytes() as u64;
         for (name, ptr, size) in

@@ -25,7 +25,7 @@ use drop::Drop;
 use expert_choice::ExpertChoice;
 use sinkhorn::Sinkhorn;
 
-/// Tokens of a block, in every kernel here that gives one a warp.
+/// Tokens of a CTA, in every kernel here that gives one a warp.
 const WARPS: usize = 4;
 
 /// Whether a token's experts depend on other tokens, or on its number.

@@ -8,7 +8,7 @@ use crate::element::Dtype;
 use crate::error::{Error, Result};
 use crate::spec::{GroupScore, Renormalize, Router, Score, Selection};
 
-/// Tokens of a block, in every kernel here: a warp each.
+/// Tokens of a CTA, in every kernel here: a warp each.
 const WARPS: usize = 4;
 
 /// What the choice gives, besides the ids.
@@ -37,7 +37,7 @@ pub(super) struct Extra {
 pub(super) struct Tokens {
     rule: Rule,
     gives: Gives,
-    num_blocks: u32,
+    num_ctas: u32,
     num_tokens: u32,
     num_experts: u32,
     top_k: u32,
@@ -143,7 +143,7 @@ impl Tokens {
         Ok(Tokens {
             rule,
             gives,
-            num_blocks: problem.num_tokens.div_ceil(WARPS) as u32, // at most 2^31 - 1 tokens
+            num_ctas: problem.num_tokens.div_ceil(WARPS) as u32, // at most 2^31 - 1 tokens
             num_tokens: problem.num_tokens as u32,
             num_experts: spec.num_experts as u32,
             top_k: spec.top_k as u32,
@@ -175,7 +175,7 @@ impl Tokens {
         extra: Extra,
         stream: Stream,
     ) -> Result<()> {
-        let launch = Launch::grid([self.num_blocks, 1, 1]);
+        let launch = Launch::grid([self.num_ctas, 1, 1]);
         let (weights_ptr, scores_ptr) = match self.gives {
             Gives::Weights => (args.topk_weights, 0),
             Gives::Scores => (0, extra.scores),
