@@ -5,8 +5,8 @@ use crate::common::assert_rows;
 use crate::common::buffer::{Array, Layout, Output};
 use crate::common::data::Rng;
 use crate::common::simulator::Simulator;
-use crate::on_devices;
 use crate::staged::{Staged, StagedMut};
+use crate::{on_devices, on_large_devices};
 use gatefold::Element;
 use gatefold::cuda::driver::{Buffer, Driver};
 use gatefold::cuda::{self, Combine, CombineArgs, CombineInput, CombinePlan, DeviceView, DeviceViewMut, Queue, Stream};
@@ -333,7 +333,7 @@ fn combine_of_garbage() {
 /// vllm-project/vllm#5938, #34279: rows more than 2^31 elements apart. Needs 21 GB on a device.
 #[test]
 fn combine_of_far_rows() {
-    on_devices(true, |driver| {
+    on_large_devices(|driver| {
         let (hidden, stride) = (64, (1_usize << 31) + 64);
         let mut rng = Rng::new(crate::common::seed());
         let mut near = Case::<bf16>::new(&mut rng, 1, 2, 1, hidden);

@@ -7,7 +7,7 @@ use crate::common::{
     Array, AttentionCase, AttentionOptions, AttentionPairs, AttentionResult, Layout, Output, Rng, assert_rows, naive,
     seed,
 };
-use crate::{on_devices, staged};
+use crate::{on_devices, on_gpu, on_large_devices, staged};
 use gatefold::args::{AttentionInput, AttentionOutput, Kv};
 use gatefold::cuda::driver::{Buffer, Driver, Limits};
 use gatefold::cuda::{AttentionArgs, AttentionPlan, AttentionProblem, KvShape, Stream};
@@ -1018,7 +1018,7 @@ fn stride_of_one_element_40737() {
 /// flash-attention#1500, #1311, sglang#20389: keys, values and queries more than 2^31 elements apart. Needs 13 GB on the device.
 #[test]
 fn far_offsets_1500() {
-    on_devices(true, |driver| {
+    on_large_devices(|driver| {
         let options = with!(AttentionOptions::new((2, 1), 64, &[(1, 40), (1, 33)]), kv: KvLayout::Cache);
         let case = AttentionCase::<bf16>::new(&options, 10);
         let near: AttentionResult<bf16, f32> =
@@ -1066,7 +1066,7 @@ fn far_offsets_1500() {
 /// Automodel#3802: elements of a mask and of a bias, and entries of a block table, more than 2^31 bytes apart. Needs 15 GB on the device.
 #[test]
 fn far_mask_3802() {
-    on_devices(true, |driver| {
+    on_large_devices(|driver| {
         let mut options = AttentionOptions::new((2, 1), 64, &[(2, 40), (2, 33)]);
         (options.kv, options.dense_mask, options.bias) = (KvLayout::Paged(16), DenseMask::Full, DenseBias::PerKey);
         let case = AttentionCase::<bf16>::new(&options, 10);
@@ -1156,4 +1156,15 @@ fn decode_counters() {
         assert!(paged.global_sectors <= c.global_sectors + 16 * splits as u64, "{entry}: a block table is read once");
     }
     assert_eq!(counted, expected);
+}
+
+/// 32k keys in pages, eight query heads for each of two key heads, where there is a GPU.
+#[test]
+fn real_sizes() {
+    on_gpu(|driver| {
+        let mut options = AttentionOptions::new((16, 2), 128, &[(1, 32_768), (2, 9001)]);
+        (options.kv, options.mask) = (KvLayout::Paged(16), Mask::causal());
+        check(driver, &AttentionCase::<bf16>::new(&options, 1));
+        check(driver, &AttentionCase::<f16>::new(&options, 2));
+    });
 }

@@ -1,6 +1,6 @@
 //! Glue and linear attention on arrays whose rows lie more than 2^31 elements apart, every one of them, in memory that the
-//! simulator does not fill: the same bits as on small ones. Far offsets wrote to wrong places without a word in
-//! Dao-AILab/flash-attention#1500, #1311 and fla-org/flash-linear-attention#1080.
+//! simulator does not fill: the same bits as on small ones. A GPU has not so much, so these run in the simulator only. Far offsets
+//! wrote to wrong places without a word in Dao-AILab/flash-attention#1500, #1311 and fla-org/flash-linear-attention#1080.
 
 use crate::common::Rng;
 use crate::common::simulator::Simulator;

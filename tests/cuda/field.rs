@@ -6,7 +6,7 @@ use super::moe::{check_mixture, mixture_of, options, small, with_shared};
 use crate::common::simulator::Simulator;
 use crate::common::sums::bits;
 use crate::common::{ExpertOptions, Layout, MoeCase, RouteResult};
-use crate::on_devices;
+use crate::{on_devices, on_large_devices};
 use gatefold::Element;
 use gatefold::cuda::driver::{Buffer, Driver};
 use gatefold::cuda::{
@@ -83,24 +83,24 @@ impl<'a, T: Element> Far<'a, T> {
 }
 
 /// vllm-project/vllm#5938, #34279, #34086, sgl-project/sglang#4727: offsets of 32 bits. Tokens, rows of the router and experts lie more than
-/// 2^31 elements apart.
+/// 2^31 elements apart. Needs 44 GB on the device.
 #[test]
 fn offsets_beyond_32_bits() {
-    let simulator = Simulator::new(false);
-    let driver: &dyn Driver = &simulator;
-    let case = MoeCase::<bf16, bf16, bf16>::new(&plain(3, 2, 40, 24), contiguous(3, 2), 5);
-    let near = mixture_of(driver, &case, None, false);
-    let far = |size: [usize; 2], values: &[bf16]| Far::new(driver, 3, size, values);
-    let hidden = far([1, 40], &case.experts.hidden.values());
-    let router = far([1, 40], &case.router.values());
-    let gate_up = far([48, 40], &case.experts.gate_up[0].values());
-    let down = far([40, 24], &case.experts.down.values());
-    let mut out = far([1, 40], &[]);
-    let weights = MoeWeights::new(router.rows(), ExpertWeights::halves(gate_up.view(), down.view()));
-    let output = MoeOutput::new(out.rows_mut());
-    cuda::moe(&mut Queue::new(driver), &case.spec, &MoeInput::new(hidden.rows()), &weights, output).unwrap();
-    driver.synchronize(Stream::LEGACY).unwrap();
-    assert!(bits(&out.values(driver)) == bits(&near.out));
+    on_large_devices(|driver| {
+        let case = MoeCase::<bf16, bf16, bf16>::new(&plain(3, 2, 40, 24), contiguous(3, 2), 5);
+        let near = mixture_of(driver, &case, None, false);
+        let far = |size: [usize; 2], values: &[bf16]| Far::new(driver, 3, size, values);
+        let hidden = far([1, 40], &case.experts.hidden.values());
+        let router = far([1, 40], &case.router.values());
+        let gate_up = far([48, 40], &case.experts.gate_up[0].values());
+        let down = far([40, 24], &case.experts.down.values());
+        let mut out = far([1, 40], &[]);
+        let weights = MoeWeights::new(router.rows(), ExpertWeights::halves(gate_up.view(), down.view()));
+        let output = MoeOutput::new(out.rows_mut());
+        cuda::moe(&mut Queue::new(driver), &case.spec, &MoeInput::new(hidden.rows()), &weights, output).unwrap();
+        driver.synchronize(Stream::LEGACY).unwrap();
+        assert!(bits(&out.values(driver)) == bits(&near.out));
+    });
 }
 
 /// Dao-AILab/sonic-moe#4, vllm-project/vllm#6029: limits at 50 000 and 65 536 tokens. Most of these are padding, so that it takes seconds.
@@ -110,36 +110,38 @@ fn more_than_65536_tokens() {
     let mut case = MoeCase::<bf16, bf16, bf16>::new(&plain(4, 1, 16, 8), contiguous(n, 1), 5);
     let live = |t: usize| t >= n - 30 || t.is_multiple_of(9973);
     case.token_mask = Some((0..n).map(|t| u8::from(live(t))).collect());
-    let simulator = Simulator::new(false);
-    let got = mixture_of(&simulator, &case, None, false);
-    for t in (0..n).filter(|t| !live(*t)) {
-        assert!(got.out[16 * t..16 * (t + 1)].iter().all(|x| x.to_bits() == 0), "token {t} is padding");
-    }
-    let last = mixture_of(&simulator, &case.part(n - 30..n), None, false);
-    assert!(bits(&got.out[16 * (n - 30)..]) == bits(&last.out), "the last tokens alone");
+    on_devices(true, |driver| {
+        let got = mixture_of(driver, &case, None, false);
+        for t in (0..n).filter(|t| !live(*t)) {
+            assert!(got.out[16 * t..16 * (t + 1)].iter().all(|x| x.to_bits() == 0), "token {t} is padding");
+        }
+        let last = mixture_of(driver, &case.part(n - 30..n), None, false);
+        assert!(bits(&got.out[16 * (n - 30)..]) == bits(&last.out), "the last tokens alone");
+    });
 }
 
 /// Intermediate sizes that are no multiple of 128 once they are split over ranks (768 / 4), widths of 2880 and 768, experts that are no power
 /// of two (vllm-project/vllm's choice of backends, deepseek-ai/DeepGEMM#106, #238, sgl-project/sglang#30595): refused, or a crash.
 #[test]
 fn no_shape_is_refused_for_its_divisors() {
-    let simulator = Simulator::new(false);
-    for (hidden, inter, experts, top_k) in [
-        (2880, 24, 3, 2),
-        (24, 2880, 3, 1),
-        (768, 192, 2, 1),
-        (40, 8, 7, 5),
-        (8, 136, 60, 4),
-        (72, 40, 160, 6),
-        (16, 24, 288, 8),
-        (24, 16, 513, 10),
-        (16, 16, 1, 1),
-    ] {
-        let case = MoeCase::<bf16, bf16, bf16>::new(&plain(experts, top_k, hidden, inter), contiguous(3, top_k), 2);
-        check_mixture(&simulator, &case, false, true);
-    }
-    let case = MoeCase::<f32, f32, f32>::new(&plain(3, 2, 200, 72), contiguous(3, 2), 2);
-    check_mixture(&simulator, &case, false, true);
+    on_devices(true, |driver| {
+        for (hidden, inter, experts, top_k) in [
+            (2880, 24, 3, 2),
+            (24, 2880, 3, 1),
+            (768, 192, 2, 1),
+            (40, 8, 7, 5),
+            (8, 136, 60, 4),
+            (72, 40, 160, 6),
+            (16, 24, 288, 8),
+            (24, 16, 513, 10),
+            (16, 16, 1, 1),
+        ] {
+            let case = MoeCase::<bf16, bf16, bf16>::new(&plain(experts, top_k, hidden, inter), contiguous(3, top_k), 2);
+            check_mixture(driver, &case, false, true);
+        }
+        let case = MoeCase::<f32, f32, f32>::new(&plain(3, 2, 200, 72), contiguous(3, 2), 2);
+        check_mixture(driver, &case, false, true);
+    });
 }
 
 // --- memory and rows that nobody wrote --------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ use crate::common::pairs::pairwise;
 use crate::common::simulator::Simulator;
 use crate::common::sums::{assert_sums, bits, naive_sum, starts_for};
 use crate::common::{Layout, Output, Rng, naive};
-use crate::{on_devices, staged};
+use crate::{on_devices, on_gpu, on_large_devices, staged};
 use gatefold::args::FfnWeights;
 use gatefold::cuda::driver::{Buffer, Driver, Limits};
 use gatefold::cuda::kernels;
@@ -92,14 +92,20 @@ fn run<T: Element, O: Element>(
 }
 
 fn check<T: Element, O: Element>(driver: &dyn Driver, case: &Case) {
+    check_tokens::<T, O>(driver, case, &Vec::from_iter(0..case.tokens));
+}
+
+/// Compares some of the tokens of a call.
+fn check_tokens<T: Element, O: Element>(driver: &dyn Driver, case: &Case, sampled: &[usize]) {
     let Case { tokens, heads, outputs, inputs, .. } = *case;
     let mut rng = Rng::new(case.seed);
     let x = rng.normals::<T>(tokens * heads * inputs, 1.0);
     let weight = rng.normals::<T>(heads * outputs * inputs, 1.0);
     let bias: Option<Vec<f32>> = (case.bias && heads == 1).then(|| rng.normals(outputs, 1.0));
     let (mut truth, mut naive, mut terms) = (Vec::new(), Vec::new(), Vec::new());
-    let starts = starts_for(tokens * heads * outputs);
-    for (i, x) in x.chunks_exact(inputs).enumerate() {
+    let starts = starts_for(sampled.len() * heads * outputs);
+    for i in sampled.iter().flat_map(|t| t * heads..(t + 1) * heads) {
+        let x = &x[i * inputs..][..inputs];
         for o in 0..outputs {
             let w = &weight[(i % heads * outputs + o) * inputs..][..inputs];
             let bias = bias.as_ref().map_or(0.0, |b| b[o]);
@@ -111,6 +117,8 @@ fn check<T: Element, O: Element>(driver: &dyn Driver, case: &Case) {
         }
     }
     let found = run::<T, O>(driver, case, &x, &weight, bias.as_deref());
+    let row = |t: &usize| &found[t * heads * outputs..(t + 1) * heads * outputs];
+    let found: Vec<O> = sampled.iter().flat_map(row).copied().collect();
     let what = format!("{case:?} {:?} -> {:?}", T::DTYPE, O::DTYPE);
     assert_sums(&what, &found, &truth, &naive, outputs);
 }
@@ -690,7 +698,14 @@ fn check_far(driver: &dyn Driver) {
 
 #[test]
 fn grouped_far() {
-    on_devices(true, |driver| check_far(driver));
+    on_large_devices(check_far);
+}
+
+/// A layer of 4096 x 4096 and as many tokens, where there is a GPU; some tokens are compared.
+#[test]
+fn real_sizes() {
+    on_devices(false, |driver| check_tokens::<bf16, bf16>(driver, &Case::new(70, 72, 64), &[0, 33, 69]));
+    on_gpu(|driver| check_tokens::<bf16, bf16>(driver, &Case::new(4096, 4096, 4096), &[0, 2047, 4095]));
 }
 
 /// A device with little shared memory and few multiprocessors: the same bits, CTAs that walk over many tiles.

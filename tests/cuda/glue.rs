@@ -4,7 +4,7 @@ use crate::common::glue_case::{AppendCase, NormCase as AnyNormCase, PairCase, Qk
 use crate::common::pairs::pairwise;
 use crate::common::simulator::Simulator;
 use crate::common::{Array, Layout as Strides, Output, Rng, assert_rows, naive, seed};
-use crate::{on_devices, staged, with_type};
+use crate::{on_devices, on_gpu, staged, with_type};
 use gatefold::args::{KvCache, KvCacheMut};
 use gatefold::cuda::driver::{Buffer, Driver};
 use gatefold::cuda::{
@@ -863,4 +863,17 @@ fn qkv_counters() {
         (Some(QkNorm::Full), true, [35928, 320, 5568]),
     ];
     assert_eq!(found, expected);
+}
+
+/// Rows of DeepSeek-V3 and heads of Qwen3-30B-A3B (`tests/configs`), where there is a GPU.
+#[test]
+fn real_sizes() {
+    on_gpu(|driver| {
+        check_any_norm::<bf16>(driver, &Norm::rms(1e-6), [512, 1, 7168], Strides::Contiguous, true, 1);
+        check_any_norm::<f32>(driver, &Norm::layer(1e-5), [512, 1, 7168], Strides::Contiguous, true, 2);
+        let mut spec = QkvPrep::new(32, 4, 128);
+        (spec.qk_norm, spec.rope) = (Some(QkNorm::PerHead), Some(Rope::new(RopeStyle::Half, 128, 1e6)));
+        check_prepare_qkv::<bf16>(driver, &spec, 1024, Strides::Contiguous, 3);
+        check_prepare_qkv::<f32>(driver, &spec, 1024, Strides::Contiguous, 4);
+    });
 }

@@ -4,7 +4,7 @@ use crate::common::buffer::{Array, Layout, Output};
 use crate::common::data::Rng;
 use crate::common::simulator::Simulator;
 use crate::staged::{Staged, StagedMut};
-use crate::{on_devices, on_gpu};
+use crate::{on_devices, on_gpu, on_large_devices};
 use gatefold::cuda::driver::{Buffer, Driver, Limits};
 use gatefold::cuda::{GroupTokens, GroupTokensArgs, GroupTokensOutput, GroupTokensPlan, Queue, Stream, group_tokens};
 use gatefold::spec::{Activation, ExpertFfn, Ffn};
@@ -84,7 +84,7 @@ impl SortCase {
     }
 
     /// The same on a device, after a look at what must be left alone.
-    fn run(&self, driver: &dyn Driver) -> Sorted {
+    pub fn run(&self, driver: &dyn Driver) -> Sorted {
         let problem = self.problem();
         let (tokens, assignments, max_tiles) = (problem.num_tokens, problem.assignments(), problem.max_tiles());
         let shape = [tokens, self.slots];
@@ -237,50 +237,52 @@ fn group_tokens_skips_padding_and_garbage() {
 }
 
 /// Rows of ids and weights more than 2^31 elements apart, for one CTA and for several: offsets that do not fit 32 bits
-/// (vllm-project/vllm#5938, #34086).
+/// (vllm-project/vllm#5938, #34086). Needs 35 GB on the device.
 #[test]
 fn group_tokens_of_far_rows() {
-    let simulator = Simulator::new(false);
-    let driver: &dyn Driver = &simulator;
-    let apart = (1_usize << 31) + 64;
-    for slots in [8, 2100] {
-        let case = SortCase::random(&mut Rng::new(crate::common::seed()), 12, slots, 3);
-        let place = |bytes: &[u8]| {
-            let buffer = Buffer::new(driver, (2 * apart + slots) * 4).unwrap();
-            for (t, row) in bytes.chunks_exact(4 * slots).enumerate() {
-                // SAFETY: the buffer has room for three rows, and nothing runs.
-                unsafe { driver.copy_to_device(buffer.ptr() + (4 * t * apart) as u64, row).unwrap() };
+    on_large_devices(|driver| {
+        let apart = (1_usize << 31) + 64;
+        for slots in [8, 2100] {
+            let case = SortCase::random(&mut Rng::new(crate::common::seed()), 12, slots, 3);
+            let place = |bytes: &[u8]| {
+                let buffer = Buffer::new(driver, (2 * apart + slots) * 4).unwrap();
+                for (t, row) in bytes.chunks_exact(4 * slots).enumerate() {
+                    // SAFETY: the buffer has room for three rows, and nothing runs.
+                    unsafe { driver.copy_to_device(buffer.ptr() + (4 * t * apart) as u64, row).unwrap() };
+                }
+                buffer
+            };
+            let (ids, weights) = (place(bytemuck::cast_slice(&case.ids)), place(bytemuck::cast_slice(&case.weights)));
+            let mut problem = case.problem();
+            (problem.topk_ids_stride, problem.topk_weights_stride) = (apart, apart);
+            let plan = GroupTokensPlan::new(&problem).unwrap();
+            assert_eq!(plan.kernels().count(), if slots == 8 { 1 } else { 3 });
+            let words = |len: usize| Buffer::new(driver, 4 * len).unwrap();
+            let (assignments, offsets) = (problem.assignments(), words(13));
+            let (token, weight, position) = (words(assignments), words(assignments), words(assignments));
+            let (counts, tiles) = (words(4), words(16 * problem.max_tiles()));
+            let workspace = Buffer::new(driver, plan.workspace_bytes()).unwrap();
+            let args =
+                GroupTokensArgs::new(ids.ptr(), offsets.ptr(), token.ptr(), position.ptr(), counts.ptr(), tiles.ptr())
+                    .with_weights(weights.ptr(), weight.ptr())
+                    .with_workspace(workspace.ptr());
+            // SAFETY: the buffers hold the plan's arrays and outlive the reads below, which wait.
+            unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
+            let want = case.expected();
+            assert_eq!(offsets.to_vec::<u32>(Stream::LEGACY).unwrap(), want.offsets, "{slots} slots");
+            assert_eq!(position.to_vec::<u32>(Stream::LEGACY).unwrap(), want.position, "{slots} slots");
+            for (i, row) in want.position.iter().enumerate().filter(|(_, row)| **row != GroupTokens::SKIPPED) {
+                let mut found = [0u32; 1];
+                // SAFETY: the address holds a weight, and nothing runs.
+                unsafe {
+                    driver
+                        .copy_to_host(bytemuck::cast_slice_mut(&mut found), weight.ptr() + 4 * u64::from(*row))
+                        .unwrap();
+                }
+                assert_eq!(found[0], case.weights[i].to_bits(), "{slots} slots: assignment {i}");
             }
-            buffer
-        };
-        let (ids, weights) = (place(bytemuck::cast_slice(&case.ids)), place(bytemuck::cast_slice(&case.weights)));
-        let mut problem = case.problem();
-        (problem.topk_ids_stride, problem.topk_weights_stride) = (apart, apart);
-        let plan = GroupTokensPlan::new(&problem).unwrap();
-        assert_eq!(plan.kernels().count(), if slots == 8 { 1 } else { 3 });
-        let words = |len: usize| Buffer::new(driver, 4 * len).unwrap();
-        let (assignments, offsets) = (problem.assignments(), words(13));
-        let (token, weight, position) = (words(assignments), words(assignments), words(assignments));
-        let (counts, tiles) = (words(4), words(16 * problem.max_tiles()));
-        let workspace = Buffer::new(driver, plan.workspace_bytes()).unwrap();
-        let args =
-            GroupTokensArgs::new(ids.ptr(), offsets.ptr(), token.ptr(), position.ptr(), counts.ptr(), tiles.ptr())
-                .with_weights(weights.ptr(), weight.ptr())
-                .with_workspace(workspace.ptr());
-        // SAFETY: the buffers hold the plan's arrays and outlive the reads below, which wait.
-        unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
-        let want = case.expected();
-        assert_eq!(offsets.to_vec::<u32>(Stream::LEGACY).unwrap(), want.offsets, "{slots} slots");
-        assert_eq!(position.to_vec::<u32>(Stream::LEGACY).unwrap(), want.position, "{slots} slots");
-        for (i, row) in want.position.iter().enumerate().filter(|(_, row)| **row != GroupTokens::SKIPPED) {
-            let mut found = [0u32; 1];
-            // SAFETY: the address holds a weight, and nothing runs.
-            unsafe {
-                driver.copy_to_host(bytemuck::cast_slice_mut(&mut found), weight.ptr() + 4 * u64::from(*row)).unwrap();
-            }
-            assert_eq!(found[0], case.weights[i].to_bits(), "{slots} slots: assignment {i}");
         }
-    }
+    });
 }
 
 /// The order is the same on every schedule, and for both sets of kernels.

@@ -3,11 +3,12 @@
 use crate::common::glue_case::WIDTHS;
 use crate::common::linear_case::{RetentionCase, WithState, WkvCase, assert_with_state};
 use crate::common::simulator::Simulator;
-use crate::common::{Array, Layout, Rng, seed};
-use crate::{on_devices, staged, with_type};
+use crate::common::{Array, Layout, Rng, assert_rows, seed};
+use crate::{on_devices, on_gpu, staged, with_type};
+use gatefold::cpu::{self, Cpu};
 use gatefold::cuda::driver::Driver;
 use gatefold::spec::{Retention, RetentionForm};
-use gatefold::{Dtype, Element};
+use gatefold::{Dtype, Element, reference};
 use half::bf16;
 
 const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::BF16, Dtype::F16];
@@ -228,4 +229,27 @@ fn linear_attention_counters() {
         ("gatefold_retention_bf16", [404_396, 12544, 40516]),
     ];
     assert_eq!(found, expected);
+}
+
+/// Channels of RWKV-4 7B, heads of RetNet, where there is a GPU. A long prompt takes the naive method too long: of it, the outputs are
+/// compared with the token by token form in f64, by the errors of the CPU's.
+#[test]
+fn real_sizes() {
+    fn check_prompt(driver: &dyn Driver, heads: usize, dim: usize, n: usize) {
+        let mut spec = Retention::new(heads, dim, 2 * dim);
+        spec.form = RetentionForm::Recurrent;
+        let case = RetentionCase::<bf16>::new(&spec, n, Layout::Contiguous, true, 3);
+        let (truth, _) = case.run::<f64, f64>(reference::retention);
+        let cpu = &mut Cpu::new().unwrap();
+        let (naive, _) = case.run::<bf16, f32>(|spec, input, output| cpu::retention(cpu, spec, input, output));
+        assert_rows("out", &run_retention(driver, &case).0, &truth, &naive, 2 * dim);
+    }
+    on_devices(true, |driver| check_prompt(driver, 2, 32, 40));
+    on_gpu(|driver| {
+        check_wkv::<bf16>(driver, [2, 512, 4096], Layout::Contiguous, true, 1);
+        let mut spec = Retention::new(8, 256, 512);
+        spec.form = RetentionForm::Recurrent;
+        check_retention::<bf16>(driver, &spec, 9, Layout::Contiguous, true, 2);
+        check_prompt(driver, 8, 256, 1024);
+    });
 }

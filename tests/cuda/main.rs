@@ -4,6 +4,7 @@
 
 use gatefold::cuda::Device;
 use gatefold::cuda::driver::{Driver, Recorder};
+use std::sync::{Mutex, PoisonError};
 
 #[path = "../common/mod.rs"]
 #[macro_use]
@@ -17,6 +18,7 @@ mod attention;
 mod combine;
 mod coupled;
 mod decode;
+mod exact;
 mod far;
 mod field;
 mod gemm;
@@ -41,6 +43,17 @@ fn on_devices(exact: bool, check: impl Fn(&dyn Driver)) {
     if is_simulated() {
         check(&Simulator::new(!exact));
     }
+    on_gpu(check);
+}
+
+/// [`on_devices`] with exact instructions, for checks that take more than 8 GB of a GPU's memory, which has room for one of them at
+/// a time. The simulator's memory is only as large as what is written.
+fn on_large_devices(check: impl Fn(&dyn Driver)) {
+    static ONE: Mutex<()> = Mutex::new(());
+    if is_simulated() {
+        check(&Simulator::new(false));
+    }
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     on_gpu(check);
 }
 

@@ -1,15 +1,18 @@
 //! Blocks, experts and whole mixtures: sort, products and sums in a row, against the reference.
 
+use super::route::{report, runner};
 use crate::common::mixtures;
 use crate::common::naive::Store;
 use crate::common::simulator::Simulator;
 use crate::common::sums::{assert_sums, bits, naive_experts};
 use crate::common::tables::{Table, mixture};
-use crate::common::{Array, ExpertCase, ExpertOptions, GateUp, Layout, MoeCase, MoeResult, Output, strategies};
-use crate::{on_devices, staged};
+use crate::common::{Array, ExpertCase, ExpertOptions, GateUp, Layout, MoeCase, MoeResult, Output, Rng, strategies};
+use crate::{is_simulated, on_devices, on_gpu, staged};
 use gatefold::args::Routing;
 use gatefold::cuda::driver::Driver;
-use gatefold::spec::{Activation, ExpertFfn, Ffn, Moe, Renormalize, Router, Score, SharedExpert, WeightOn};
+use gatefold::spec::{
+    Activation, Capacity, CapacityLimit, ExpertFfn, Ffn, Moe, Renormalize, Router, Score, SharedExpert, WeightOn,
+};
 use gatefold::{Dtype, Element, ViewMut, reference};
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -27,7 +30,7 @@ fn aligned((mut spec, mut options): (ExpertFfn, ExpertOptions)) -> (ExpertFfn, E
     (spec, options)
 }
 
-fn experts_of<T: Element>(driver: &dyn Driver, case: &ExpertCase<T, T>) -> Vec<T> {
+pub fn experts_of<T: Element>(driver: &dyn Driver, case: &ExpertCase<T, T>) -> Vec<T> {
     let weights = case.weights();
     case.run(|spec, hidden, routing, out| staged::expert_ffn(driver, spec, hidden, routing, &weights, out))
 }
@@ -69,25 +72,42 @@ fn check_experts<T: Element>(driver: &dyn Driver, case: &ExpertCase<T, T>, exact
     }
 }
 
-fn run_experts<T: Element>(call: (ExpertFfn, ExpertOptions), exact: bool, seed: u64) {
-    let (spec, options) = aligned(call);
-    check_experts(&Simulator::new(!exact), &ExpertCase::<T, T>::new(&spec, options, seed), exact, seed);
+/// Random calls, each with or without errors of the instructions in the simulator; the same on a GPU.
+fn random_calls<S: Strategy>(cases: u32, calls: S, check: impl Fn(&dyn Driver, S::Value, bool, u64)) {
+    let calls = (calls, any::<bool>(), any::<u64>());
+    let run = |gpu: Option<&dyn Driver>| {
+        report(runner(cases).run(&calls, |(call, exact, seed)| {
+            match gpu {
+                Some(driver) => check(driver, call, true, seed),
+                None => check(&Simulator::new(!exact), call, exact, seed),
+            }
+            Ok(())
+        }));
+    };
+    if is_simulated() {
+        run(None);
+    }
+    on_gpu(|driver| run(Some(driver)));
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(6))]
-    #[test]
-    fn experts_bf16(call in strategies::experts(16, 32, 16), exact: bool, seed: u64) {
-        run_experts::<bf16>(call, exact, seed);
-    }
-    #[test]
-    fn experts_f16(call in strategies::experts(17, 24, 40), exact: bool, seed: u64) {
-        run_experts::<f16>(call, exact, seed);
-    }
-    #[test]
-    fn experts_f32(call in strategies::experts(12, 32, 16), exact: bool, seed: u64) {
-        run_experts::<f32>(call, exact, seed);
-    }
+fn run_experts<T: Element>(driver: &dyn Driver, call: (ExpertFfn, ExpertOptions), exact: bool, seed: u64) {
+    let (spec, options) = aligned(call);
+    check_experts(driver, &ExpertCase::<T, T>::new(&spec, options, seed), exact, seed);
+}
+
+#[test]
+fn experts_bf16() {
+    random_calls(6, strategies::experts(16, 32, 16), run_experts::<bf16>);
+}
+
+#[test]
+fn experts_f16() {
+    random_calls(6, strategies::experts(17, 24, 40), run_experts::<f16>);
+}
+
+#[test]
+fn experts_f32() {
+    random_calls(6, strategies::experts(12, 32, 16), run_experts::<f32>);
 }
 
 pub fn options(num_tokens: usize, slots: usize) -> ExpertOptions {
@@ -231,9 +251,10 @@ pub fn check_mixture<T: Element, Q: Element>(driver: &dyn Driver, case: &MoeCase
     mixtures::check_mixture(&backend, case, given);
 }
 
+/// The routing is computed inside in half of the calls.
 fn run_mixture<T: Element, Q: Element>(
+    driver: &dyn Driver,
     (mut spec, mut options, mask): (Moe, ExpertOptions, bool),
-    given: bool,
     exact: bool,
     seed: u64,
 ) {
@@ -246,27 +267,27 @@ fn run_mixture<T: Element, Q: Element>(
     if mask {
         case = case.with_mask();
     }
-    check_mixture(&Simulator::new(!exact), &case, given, exact);
+    check_mixture(driver, &case, seed.is_multiple_of(2), exact);
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(8))]
-    #[test]
-    fn mixtures_bf16(m in mixtures::mixtures(16, 32, 16), given: bool, exact: bool, seed: u64) {
-        run_mixture::<bf16, bf16>(m, given, exact, seed);
-    }
-    #[test]
-    fn mixtures_bf16_with_a_router_in_f32(m in mixtures::mixtures(12, 24, 32), given: bool, exact: bool, seed: u64) {
-        run_mixture::<bf16, f32>(m, given, exact, seed);
-    }
-    #[test]
-    fn mixtures_f16(m in mixtures::mixtures(12, 24, 32), given: bool, exact: bool, seed: u64) {
-        run_mixture::<f16, f16>(m, given, exact, seed);
-    }
-    #[test]
-    fn mixtures_f32(m in mixtures::mixtures(12, 32, 16), given: bool, exact: bool, seed: u64) {
-        run_mixture::<f32, f32>(m, given, exact, seed);
-    }
+#[test]
+fn mixtures_bf16() {
+    random_calls(8, mixtures::mixtures(16, 32, 16), run_mixture::<bf16, bf16>);
+}
+
+#[test]
+fn mixtures_bf16_with_a_router_in_f32() {
+    random_calls(8, mixtures::mixtures(12, 24, 32), run_mixture::<bf16, f32>);
+}
+
+#[test]
+fn mixtures_f16() {
+    random_calls(8, mixtures::mixtures(12, 24, 32), run_mixture::<f16, f16>);
+}
+
+#[test]
+fn mixtures_f32() {
+    random_calls(8, mixtures::mixtures(12, 32, 16), run_mixture::<f32, f32>);
 }
 
 /// Every pair of values of two options of router, experts and mixture, in another table and with other numbers for each seed.
@@ -300,20 +321,27 @@ fn every_pair_of_options_of_a_mixture() {
         ("router", vec![("f32", |_| {}), ("bf16", |c| c.router = Dtype::BF16), ("f16", |c| c.router = Dtype::F16)]),
     ]));
     let base = mixture::base(40, 24);
-    for seed in 0..3 {
-        let pairs = table.rows("mixtures", &base, seed, mixture::valid);
-        for (i, row) in pairs.rows.iter().enumerate() {
-            let call = table.apply(&base, row);
-            let (exact, seed) = ((i as u64 + seed).is_multiple_of(2), 1000 * seed + i as u64);
-            let driver = Simulator::new(!exact);
-            println!("{}", table.describe(row));
-            match call.experts.types.0 {
-                Dtype::F32 => check_row::<f32>(&driver, &call, exact, seed),
-                Dtype::BF16 => check_row::<bf16>(&driver, &call, exact, seed),
-                _ => check_row::<f16>(&driver, &call, exact, seed),
+    let run = |gpu: Option<&dyn Driver>| {
+        for seed in 0..3 {
+            let pairs = table.rows("mixtures", &base, seed, mixture::valid);
+            for (i, row) in pairs.rows.iter().enumerate() {
+                let call = table.apply(&base, row);
+                let (exact, seed) = ((i as u64 + seed).is_multiple_of(2), 1000 * seed + i as u64);
+                let simulator = Simulator::new(!exact);
+                let (driver, exact) = gpu.map_or((&simulator as &dyn Driver, exact), |gpu| (gpu, true));
+                println!("{}", table.describe(row));
+                match call.experts.types.0 {
+                    Dtype::F32 => check_row::<f32>(driver, &call, exact, seed),
+                    Dtype::BF16 => check_row::<bf16>(driver, &call, exact, seed),
+                    _ => check_row::<f16>(driver, &call, exact, seed),
+                }
             }
         }
+    };
+    if is_simulated() {
+        run(None);
     }
+    on_gpu(|driver| run(Some(driver)));
 }
 
 /// 8 experts of a block of 40 x 24.
@@ -328,7 +356,8 @@ pub fn with_shared(mut spec: Moe) -> Moe {
     spec
 }
 
-/// All tokens on one expert; every expert for every token; weights on the input and a scale; no tokens.
+/// All tokens on one expert; every expert for every token; weights on the input and a scale; no tokens, also with jitter, a capacity
+/// and a mask.
 #[test]
 fn extreme_mixtures() {
     let mut one = small(1);
@@ -336,6 +365,11 @@ fn extreme_mixtures() {
     let mut all = with_shared(small(8));
     (all.router.renormalize, all.experts.weight_on, all.experts.combine_scale) =
         (Renormalize::sum(), WeightOn::Input, 0.5);
+    let mut jittered = Moe::new(Router::new(1, 1), ExpertFfn::new(1, Ffn::plain(16, 16, Activation::Silu)));
+    (jittered.router.jitter, jittered.router.capacity) = (Some(0.01), Some(Capacity::new(CapacityLimit::Tokens(2))));
+    (jittered.experts.weight_on, jittered.experts.combine_scale) = (WeightOn::Input, 0.5);
+    jittered.shared = Some(SharedExpert::new(Ffn::plain(16, 16, Activation::Relu)));
+    jittered.shared.as_mut().unwrap().sigmoid_gate = true;
     on_devices(true, |driver| {
         let mut case = MoeCase::<f32, f32, f32>::new(&one, options(70, 1), 3);
         case.router_bias = Some((0..8).map(|e| if e == 5 { 1000.0 } else { 0.0 }).collect());
@@ -343,6 +377,8 @@ fn extreme_mixtures() {
         for n in [0, 1, 13] {
             check_mixture(driver, &MoeCase::<bf16, bf16, bf16>::new(&all, options(n, 8), 5), false, true);
         }
+        check_mixture(driver, &MoeCase::<f32, f32, f32>::new(&jittered, options(0, 1), 7).with_mask(), false, true);
+        check_mixture(driver, &MoeCase::<bf16, bf16, f32>::new(&jittered, options(0, 1), 7).with_mask(), false, true);
         let nobody = mixture_of(driver, &MoeCase::<bf16, bf16, bf16>::new(&all, options(0, 8), 1), None, true);
         let route = nobody.route.unwrap();
         assert_eq!((route.tokens_per_expert, route.dropped), (vec![0; 8], 0));
@@ -377,4 +413,38 @@ fn masks_and_nan() {
             }
         });
     }
+}
+
+/// Some of the tokens of a large call: their bits, which are those that they have alone, against the reference.
+fn check_sampled(driver: &dyn Driver, experts: usize, hidden: usize, inter: usize, num_tokens: &[usize]) {
+    let ffn = Ffn::gated(hidden, inter, Activation::Silu);
+    let mut spec = Moe::new(Router::new(experts, 8), ExpertFfn::new(experts, ffn));
+    spec.router.renormalize = Renormalize::sum();
+    let options = ExpertOptions { layout: Layout::Contiguous, ..options(num_tokens[num_tokens.len() - 1], 8) };
+    spec.experts.num_local_experts = 0; // their weights come below
+    let mut case = MoeCase::<bf16, bf16, bf16>::new(&spec, options, 1);
+    // The same numbers again and again: one for each weight would take minutes.
+    let values: Vec<bf16> = Rng::new(2).normals((1 << 16) + 1, (hidden as f64).sqrt().recip());
+    let weights = |rows: usize, cols: usize| {
+        let values: Vec<bf16> = values.iter().copied().cycle().take(experts * rows * cols).collect();
+        Array::new([experts, rows, cols], Layout::Contiguous, &values)
+    };
+    (case.experts.gate_up, case.experts.down) = (vec![weights(2 * inter, hidden)], weights(hidden, inter));
+    (case.spec.experts.num_local_experts, case.experts.spec.num_local_experts) = (experts, experts);
+    for n in num_tokens {
+        let all = mixture_of(driver, &case.part(0..*n), None, false);
+        for t in [0, n / 2, n - 1] {
+            let one = case.part(t..t + 1);
+            check_mixture(driver, &one, false, true);
+            let alone = mixture_of(driver, &one, None, false);
+            assert!(bits(&alone.out) == bits(&all.out[t * hidden..(t + 1) * hidden]), "token {t} of {n}");
+        }
+    }
+}
+
+/// Qwen3-30B-A3B (`tests/configs`), where there is a GPU.
+#[test]
+fn real_sizes() {
+    on_devices(true, |driver| check_sampled(driver, 16, 40, 24, &[5, 40]));
+    on_gpu(|driver| check_sampled(driver, 128, 2048, 768, &[512, 4096]));
 }

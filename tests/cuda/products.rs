@@ -6,7 +6,7 @@ use crate::common::naive::Store;
 use crate::common::simulator::Simulator;
 use crate::common::sums::{assert_sums, bits, naive_experts};
 use crate::common::{Array, ExpertCase, ExpertOptions, GateUp, Layout, Rng};
-use crate::{on_devices, staged};
+use crate::{on_devices, on_large_devices, staged};
 use gatefold::cuda::driver::{Buffer, Driver};
 use gatefold::cuda::{
     DeviceView, DeviceViewMut, ExpertFfnArgs, ExpertFfnPlan, ExpertFfnProblem, FfnArgs, GemmRows, GroupedGemm,
@@ -103,7 +103,7 @@ fn more_rows_than_65536() {
 /// weights, and of the results. Needs 12 GB on the device.
 #[test]
 fn row_times_width_beyond_2_31() {
-    on_devices(true, |driver| {
+    on_large_devices(|driver| {
         let (inputs, outputs, first) = (40, 24, (1usize << 31) / 24 + 5);
         let mut case = Grouped::new(&[3], outputs, inputs);
         case.row_weight = true;
@@ -146,7 +146,7 @@ fn row_times_width_beyond_2_31() {
 /// Tokens, experts and results so far apart that no offset fits 32 bits, through the whole of the experts. Needs 30 GB on the device.
 #[test]
 fn experts_farther_apart_than_2_31() {
-    on_devices(true, |driver| {
+    on_large_devices(|driver| {
         let (hidden, inter, far) = (40, 24, (1usize << 31) + 64);
         let spec = ExpertFfn::new(2, Ffn::gated(hidden, inter, Activation::Silu));
         let mut case = ExpertCase::<bf16, bf16>::new(&spec, options(2, 2, GateUp::Separate), 4);

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::common::attention_case::{DenseBias, DenseMask, Sinks};
+use crate::{is_simulated, on_large_devices};
 
 /// Fully masked rows: `out = 0`, `lse = -inf`, never NaN, +inf or a large finite number (Dao-AILab/flash-attention#978,
 /// flashinfer-ai/flashinfer#4452, #4401), also with sinks and behind a first tile that is hidden (ikawrakow/ik_llama.cpp#2344).
@@ -162,22 +163,24 @@ fn flash_attention_28_head_widths() {
 }
 
 /// Offsets beyond 2^31 elements (Dao-AILab/flash-attention#1500, #1311, #767, sgl-project/sglang#20389): rows of q, k, v and out lie
-/// 2^31 elements apart, in memory that the simulator does not fill.
-fn check_far<T: Element>(driver: &dyn Driver) {
-    let (rows, dim) = (65, 64);
+/// 2^31 elements apart, in memory that the simulator does not fill. A GPU has room for two rows, of so many heads that they are no decode.
+fn check_far<T: Element>(driver: &dyn Driver, heads: usize, rows: usize) {
+    let dim = 64;
     let near: Vec<T> = Rng::new(5).normals(rows * dim, 1.0);
-    let spec = Attention::causal(1, 1, dim);
+    let queries: Vec<T> = Rng::new(6).normals(rows * heads * dim, 1.0);
+    let spec = Attention::causal(heads, 1, dim);
     let kv = args::Kv::ragged(View::new(&near, [rows, 1, dim]), View::new(&near, [rows, 1, dim]), None);
-    let mut expected = vec![T::default(); rows * dim];
-    let output = AttentionOutput::new(ViewMut::new(&mut expected, [rows, 1, dim]));
-    staged::attention(driver, &spec, &AttentionInput::new(View::new(&near, [rows, 1, dim]), kv), output).unwrap();
+    let mut expected = vec![T::default(); rows * heads * dim];
+    let shape = [rows, heads, dim];
+    let output = AttentionOutput::new(ViewMut::new(&mut expected, shape));
+    staged::attention(driver, &spec, &AttentionInput::new(View::new(&queries, shape), kv), output).unwrap();
 
     let stride = (1_usize << 31) + 64;
     let bytes = stride * size_of::<T>();
-    let far: Vec<Buffer<'_>> =
-        (0..4).map(|_| Buffer::new(driver, (rows - 1) * bytes + dim * size_of::<T>()).unwrap()).collect();
-    for buffer in &far[..3] {
-        for (i, row) in near.chunks_exact(dim).enumerate() {
+    let len = (rows - 1) * bytes + heads * dim * size_of::<T>();
+    let far = [(); 4].map(|()| Buffer::new(driver, len).unwrap());
+    for (buffer, values) in far.iter().zip([&queries, &near, &near]) {
+        for (i, row) in values.chunks_exact(values.len() / rows).enumerate() {
             // SAFETY: the buffer has room for the row, and nothing runs.
             unsafe { driver.copy_to_device(buffer.ptr() + (i * bytes) as u64, bytemuck::cast_slice(row)).unwrap() };
         }
@@ -188,12 +191,13 @@ fn check_far<T: Element>(driver: &dyn Driver) {
     problem.v_strides[1] = stride;
     problem.out_strides[0] = stride;
     let plan = AttentionPlan::new(&problem, &driver.limits()).unwrap();
+    assert!(!plan.kernels()[0].contains("decode"), "{:?}", plan.kernels());
     let args = AttentionArgs::new(far[0].ptr(), far[1].ptr(), far[2].ptr(), far[3].ptr());
     // SAFETY: the buffers hold rows so far apart and outlive the reads below, which wait.
     unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
     driver.synchronize(Stream::LEGACY).unwrap();
-    for (i, expected) in expected.chunks_exact(dim).enumerate() {
-        let mut found = vec![T::default(); dim];
+    for (i, expected) in expected.chunks_exact(heads * dim).enumerate() {
+        let mut found = vec![T::default(); heads * dim];
         // SAFETY: the buffer holds the row, and nothing runs.
         unsafe {
             driver.copy_to_host(bytemuck::cast_slice_mut(&mut found), far[3].ptr() + (i * bytes) as u64).unwrap()
@@ -204,28 +208,33 @@ fn check_far<T: Element>(driver: &dyn Driver) {
 
 #[test]
 fn flash_attention_1500_far_offsets() {
-    let simulator = Simulator::new(false);
-    check_far::<bf16>(&simulator);
-    check_far::<f32>(&simulator);
+    if is_simulated() {
+        let simulator = Simulator::new(false);
+        check_far::<bf16>(&simulator, 1, 65);
+        check_far::<f32>(&simulator, 1, 65);
+    }
+    on_large_devices(|driver| {
+        check_far::<bf16>(driver, 64, 2);
+        check_far::<f32>(driver, 64, 2);
+    });
 }
 
-/// Rows of mask and bias that lie 2^31 elements apart (NVIDIA-NeMo/Automodel#3802), in memory that the simulator does not fill.
-#[test]
-fn automodel_3802_far_masks() {
-    let driver = &Simulator::new(false);
-    let (rows, dim) = (65, 64);
+/// Rows of mask and bias that lie 2^31 elements apart (NVIDIA-NeMo/Automodel#3802), as above.
+fn check_far_masks(driver: &dyn Driver, heads: usize, rows: usize) {
+    let dim = 64;
     let stride = (1_usize << 31) + 64;
     let data: Vec<bf16> = Rng::new(7).normals(rows * dim, 1.0);
+    let queries: Vec<bf16> = Rng::new(9).normals(rows * heads * dim, 1.0);
     let is_shown = |i: usize, j: usize| !(i + j).is_multiple_of(3);
     let mask: Vec<u8> = (0..rows * rows).map(|at| u8::from(is_shown(at / rows, at % rows))).collect();
     let bias: Vec<f32> = Rng::new(8).normals(rows * rows, 1.0);
-    let spec = Attention::new(1, 1, dim);
-    let shape = [rows, 1, dim];
-    let kv = args::Kv::ragged(View::new(&data, shape), View::new(&data, shape), None);
-    let mut input = AttentionInput::new(View::new(&data, shape), kv);
+    let spec = Attention::new(heads, 1, dim);
+    let (shape, kv_shape) = ([rows, heads, dim], [rows, 1, dim]);
+    let kv = args::Kv::ragged(View::new(&data, kv_shape), View::new(&data, kv_shape), None);
+    let mut input = AttentionInput::new(View::new(&queries, shape), kv);
     input.mask = Some(View::new(&mask, [1, 1, rows, rows]));
     input.bias = Some(View::new(&bias, [1, 1, rows, rows]));
-    let mut expected = vec![bf16::default(); rows * dim];
+    let mut expected = vec![bf16::default(); rows * heads * dim];
     staged::attention(driver, &spec, &input, AttentionOutput::new(ViewMut::new(&mut expected, shape))).unwrap();
 
     let rows_of = |bytes: &[u8], width: usize, stride_bytes: usize| {
@@ -238,21 +247,27 @@ fn automodel_3802_far_masks() {
     };
     let far_mask = rows_of(&mask, rows, stride);
     let far_bias = rows_of(bytemuck::cast_slice(&bias), rows * 4, stride * 4);
-    let [q, k, v] = [(); 3].map(|()| Buffer::from_slice(driver, &data).unwrap());
-    let out = Buffer::from_slice(driver, &vec![bf16::default(); rows * dim]).unwrap();
+    let [q, k, v] = [&queries, &data, &data].map(|values| Buffer::from_slice(driver, values).unwrap());
+    let out = Buffer::from_slice(driver, &vec![bf16::default(); rows * heads * dim]).unwrap();
     let mut problem = AttentionProblem::new(spec, Dtype::BF16, 1, rows, KvShape::ragged(rows));
     problem.mask_strides = Some([0, 0, stride, 1]);
     problem.bias_strides = Some([0, 0, stride, 1]);
     let plan = AttentionPlan::new(&problem, &driver.limits()).unwrap();
+    assert!(!plan.kernels()[0].contains("decode"), "{:?}", plan.kernels());
     let mut args = AttentionArgs::new(q.ptr(), k.ptr(), v.ptr(), out.ptr());
     (args.mask, args.bias) = (Some(far_mask.ptr()), Some(far_bias.ptr()));
     // SAFETY: the buffers hold what the problem describes and outlive the read below, which waits.
     unsafe { plan.launch(driver, &args, Stream::LEGACY).unwrap() };
-    driver.synchronize(Stream::LEGACY).unwrap();
-    let mut found = vec![bf16::default(); rows * dim];
-    // SAFETY: the buffer holds as many, and nothing runs.
-    unsafe { driver.copy_to_host(bytemuck::cast_slice_mut(&mut found), out.ptr()).unwrap() };
+    let found = out.to_vec::<bf16>(Stream::LEGACY).unwrap();
     assert!(found == expected);
+}
+
+#[test]
+fn automodel_3802_far_masks() {
+    if is_simulated() {
+        check_far_masks(&Simulator::new(false), 1, 65);
+    }
+    on_large_devices(|driver| check_far_masks(driver, 64, 2));
 }
 
 /// Prompts of heads wider than 256, up to the latent rows of MLA (Dao-AILab/flash-attention#801, #2427, #1471).
