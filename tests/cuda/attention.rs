@@ -1,5 +1,6 @@
 //! Attention of many queries: `attention_prefill` (16 bits) and `attention_f32`.
 
+use crate::budget::budget;
 use crate::common::attention_case::KvLayout;
 use crate::common::simulator::Simulator;
 use crate::common::{AttentionCase, AttentionOptions, AttentionPairs, Layout, Rng, assert_rows, naive, seed};
@@ -12,6 +13,7 @@ use gatefold::cuda::{
 use gatefold::spec::{Attention, Mask, RelativeBias};
 use gatefold::{Dtype, Element, Error, View, ViewMut, reference};
 use half::{bf16, f16};
+use simt::Class;
 
 mod bugs;
 
@@ -506,45 +508,61 @@ fn plans() {
 
 // --- counters ---------------------------------------------------------------------------------------------------------
 
-/// What one tile of keys costs a CTA that sees all of it: no bank conflicts, whole sectors, so many instructions per MMA; `lse` costs
-/// instructions alone.
+/// What tiles of keys cost CTAs that see all of them: no bank conflicts, whole sectors, as many MMAs as the header says, and no more
+/// instructions than these; `lse` costs instructions alone.
 #[test]
 fn counters() {
-    for (dim, rows, tile, recorded, with_lse) in
-        [(64, 128, 64, 12880, 32864), (80, 128, 64, 14256, 34240), (128, 128, 32, 10920, 20504)]
-    {
+    let (mut found, mut expected) = (Vec::new(), Vec::new());
+    for (kernel, heads, dims, rows, tile, recorded) in [
+        ("d64_64_m64", 2, (64, 64), 64, 64, [15456, 35648]),
+        ("d64_64_m128", 1, (64, 64), 128, 64, [12880, 32864]),
+        ("d80_80_m128", 1, (80, 80), 128, 64, [14256, 34240]),
+        ("d96_96_m128", 1, (96, 96), 128, 32, [9768, 19352]),
+        ("d128_128_m64", 2, (128, 128), 64, 32, [13200, 21232]),
+        ("d128_128_m128", 1, (128, 128), 128, 32, [10920, 20504]),
+        ("d192_128_m128", 1, (192, 128), 128, 32, [11784, 21368]),
+        ("d192_192_m64", 2, (192, 192), 64, 32, [16272, 24304]),
+        ("d256_256_m64", 2, (256, 256), 64, 32, [19344, 27376]),
+    ] {
         let counted = |kv_len: usize, wants_lse: bool| {
             let simulator = Simulator::new(false);
-            let options = AttentionOptions::new((1, 1), dim, &[(rows, kv_len)]);
+            let mut options = AttentionOptions::new((heads, 1), 0, &[(rows, kv_len)]);
+            options.dims = dims;
             let case = AttentionCase::<bf16>::new(&options, 1);
             case.run(|spec, input, mut output| {
                 output.lse = output.lse.filter(|_| wants_lse);
                 staged::attention::<bf16>(&simulator, spec, input, output)
             });
-            let [(_, counters)] = &simulator.take_counters()[..] else { panic!("one launch") };
-            *counters
+            let [(entry, counters)] = simulator.take_counters()[..] else { panic!("one launch") };
+            assert_eq!(entry, format!("gatefold_attention_prefill_bf16_{kernel}"));
+            (entry, counters)
         };
-        for (wants_lse, recorded) in [(false, recorded), (true, with_lse)] {
-            let (few, many) = (counted(2 * tile, wants_lse), counted(6 * tile, wants_lse));
-            assert_eq!(many.conflict_degree(), 1.0);
-            let bytes = (4 * tile * 2 * dim * 2) as u64;
-            assert_eq!(many.global_bytes - few.global_bytes, bytes, "keys and values, each once");
-            assert_eq!(many.global_sectors - few.global_sectors, bytes / 32, "in whole sectors");
+        let cost = [false, true].map(|wants_lse| {
+            let ((entry, few), (_, many)) = (counted(2 * tile, wants_lse), counted(6 * tile, wants_lse));
+            assert_eq!(many.conflict_degree(), 1.0, "{entry}");
+            let bytes = (heads * 4 * tile * (dims.0 + dims.1) * 2) as u64;
+            assert_eq!(many.global_bytes - few.global_bytes, bytes, "{entry}: keys and values, each once per head");
+            assert_eq!(many.global_sectors - few.global_sectors, bytes / 32, "{entry}: in whole sectors");
             let flops = many.mma_flops - few.mma_flops;
-            assert_eq!(flops, (4 * rows * 4 * tile * dim) as u64);
-            let mmas = flops / 4096;
+            assert_eq!(flops, (heads * 2 * rows * 4 * tile * (dims.0 + dims.1)) as u64, "{entry}");
+            let mmas = many.class(Class::Matrix) - few.class(Class::Matrix);
+            assert_eq!(mmas, (heads * 4 * 4) as u64 * budget(entry)[0], "{entry}: 4 warps, 4 tiles of each head");
             let instructions = many.instructions - few.instructions;
             let each = instructions as f64 / mmas as f64;
-            println!("head_dim {dim}, lse {wants_lse}: {instructions} instructions for {mmas} MMAs, {each:.2} each");
-            assert_eq!(instructions, recorded, "instructions for 4 tiles");
-        }
+            println!("{entry}, lse {wants_lse}: {instructions} instructions for {mmas} MMAs, {each:.2} each");
+            instructions
+        });
+        found.push((kernel, cost));
+        expected.push((kernel, recorded));
     }
+    assert_eq!(found, expected, "instructions for 4 tiles of each head, without and with lse");
 }
 
 /// The same in f32, per multiply-add of a warp instead of an MMA.
 #[test]
 fn counters_f32() {
-    for (dim, recorded) in [(64, 296064), (128, 462976)] {
+    let (mut found, mut expected) = (Vec::new(), Vec::new());
+    for (dim, recorded) in [(64, 296_064), (128, 462_976), (256, 796_800)] {
         let (rows, tile) = (16, 32);
         let counted = |kv_len: usize| {
             let simulator = Simulator::new(false);
@@ -552,22 +570,26 @@ fn counters_f32() {
             let options = AttentionOptions::new((8, 1), dim, &[(rows, kv_len)]);
             let case = AttentionCase::<f32>::new(&options, 1);
             case.run(|spec, input, output| staged::attention::<f32>(&simulator, spec, input, output));
-            let [(_, counters)] = &simulator.take_counters()[..] else { panic!("one launch") };
-            *counters
+            let [(entry, counters)] = simulator.take_counters()[..] else { panic!("one launch") };
+            (entry, counters)
         };
-        let (few, many) = (counted(2 * tile), counted(6 * tile));
-        assert_eq!(many.conflict_degree(), 1.0);
+        let ((entry, few), (_, many)) = (counted(2 * tile), counted(6 * tile));
+        assert_eq!(entry, format!("gatefold_attention_f32_d{dim}"));
+        assert_eq!(many.conflict_degree(), 1.0, "{entry}");
         let bytes = (8 * 4 * tile * 2 * dim * 4) as u64;
-        assert_eq!(many.global_bytes - few.global_bytes, bytes, "keys and values, each once per head");
-        assert_eq!(many.global_sectors - few.global_sectors, bytes / 32, "in whole sectors");
-        let fmas = (8 * 4 * tile * 2 * dim * rows / 32) as u64;
+        assert_eq!(many.global_bytes - few.global_bytes, bytes, "{entry}: keys and values, each once per head");
+        assert_eq!(many.global_sectors - few.global_sectors, bytes / 32, "{entry}: in whole sectors");
+        let warps = 8 * 4 * 4; // of the tiles of all heads
+        let [fma, keys, outputs, ..] = budget(entry)[..] else { panic!("{entry}: what its header has") };
+        assert_eq!((keys, warps * fma), (tile as u64, (8 * 4 * tile * 2 * dim * rows / 32) as u64), "{entry}");
+        // Besides the products: a factor for each output, and the softmax, which is the same for all widths.
+        let floats = many.class(Class::Float) - few.class(Class::Float);
         let instructions = many.instructions - few.instructions;
-        println!(
-            "head_dim {dim}: {instructions} instructions for {fmas} FMAs, {:.2} each",
-            instructions as f64 / fmas as f64
-        );
-        assert_eq!(instructions, recorded, "instructions for 4 tiles of 8 heads");
+        println!("{entry}: {instructions} instructions, {:.2} per FMA", instructions as f64 / (warps * fma) as f64);
+        found.push((dim, instructions, floats - warps * (fma + outputs)));
+        expected.push((dim, recorded, warps * 4 * 38));
     }
+    assert_eq!(found, expected, "instructions for 4 tiles of 8 heads, those of the softmax");
 }
 
 /// Real sizes, where there is a GPU.

@@ -1,5 +1,6 @@
 //! Attention of few queries over many keys, and the merge of parts.
 
+use crate::budget::budget;
 use crate::common::attention_case::{DenseBias, DenseMask, KvLayout, Sinks};
 use crate::common::simulator::Simulator;
 use crate::common::tolerance::ulp;
@@ -14,6 +15,7 @@ use gatefold::cuda::{AttentionArgs, AttentionPlan, AttentionProblem, KvShape, St
 use gatefold::spec::{Attention, Mask};
 use gatefold::{Element, Result, View, ViewMut, reference};
 use half::{bf16, f16};
+use simt::Class;
 
 // --- merge ------------------------------------------------------------------------------------------------------------
 
@@ -1152,10 +1154,78 @@ fn decode_counters() {
         assert!((kv_sectors..=kv_sectors + others).contains(&sectors), "{entry}: {sectors} of {kv_sectors} + {others}");
         // 16 rows an MMA, of which `heads` are there.
         assert_eq!(c.mma_flops as usize, 1024 * 2 * rows * (dims.0 + dims.1), "{entry}");
+        let [row_warps, col_warps, keys, of_scores, of_values, ..] = budget(entry)[..] else {
+            panic!("{entry}: its header")
+        };
+        assert_eq!(c.class(Class::Matrix), 1024 / keys * row_warps * col_warps * (of_scores + of_values), "{entry}");
         let (_, paged) = counters(heads, dims, values, KvLayout::Paged(16));
         assert!(paged.global_sectors <= c.global_sectors + 16 * splits as u64, "{entry}: a block table is read once");
     }
     assert_eq!(counted, expected);
+}
+
+/// 128 more keys of a split in f32: no bank conflict, keys and values once in whole sectors, the multiply-adds of the header.
+#[test]
+fn decode_counters_f32() {
+    let (mut found, mut expected) = (Vec::new(), Vec::new());
+    for (dims, recorded) in
+        [((64, 64), 45_204), ((128, 128), 54_932), ((192, 128), 62_612), ((256, 256), 74_388), ((576, 512), 120_980)]
+    {
+        let counted = |kv_len: usize| {
+            let simulator = Simulator::new(false);
+            let mut options = AttentionOptions::new((8, 1), 0, &[(1, kv_len)]);
+            options.dims = dims;
+            let case = AttentionCase::<f32>::new(&options, 1);
+            let _: AttentionResult<f32, f32> =
+                run(&case, Values::Own, |spec, input, output| staged::attention(&simulator, spec, input, output));
+            let [(entry, counters)] = simulator.take_counters()[..] else { panic!("one launch") };
+            (entry, counters)
+        };
+        let ((entry, few), (_, many)) = (counted(128), counted(256));
+        assert_eq!(entry, "gatefold_attention_decode_f32_f32");
+        assert_eq!(many.conflict_degree(), 1.0, "{dims:?}");
+        let bytes = (128 * (dims.0 + dims.1) * 4) as u64;
+        assert_eq!(many.global_bytes - few.global_bytes, bytes, "{dims:?}: keys and values, each once");
+        assert_eq!(many.global_sectors - few.global_sectors, bytes / 32, "{dims:?}: in whole sectors");
+        // Besides the products: a factor for each sum, and the softmax, which is the same for all widths.
+        let [fma, keys, sums, ..] = budget(entry)[..] else { panic!("{entry}: what its header has") };
+        let warps = 128 / keys * 4;
+        let floats = many.class(Class::Float) - few.class(Class::Float);
+        found.push((dims, many.instructions - few.instructions, floats - warps * (dims.0 as u64 + fma + sums)));
+        expected.push((dims, recorded, warps * 44));
+    }
+    assert_eq!(found, expected, "instructions, those of the softmax");
+}
+
+/// 32 more parts of 2 heads, 128 columns each: no bank conflict, the parts once in whole sectors, and what tells their weights.
+#[test]
+fn merge_counters() {
+    fn count<T: Element, O: Element>() -> (&'static str, u64, u64) {
+        let counted = |parts: usize| {
+            let simulator = Simulator::new(false);
+            let shape = [parts, 1, 2, 128];
+            let outs = Array::<T, 4>::new(shape, Layout::Contiguous, &vec![T::from_f32(1.0); parts * 256]);
+            let lses = Array::<f32, 3>::new([parts, 1, 2], Layout::Contiguous, &vec![0.0; parts * 2]);
+            let mut out = Output::<O, 3>::new([1, 2, 128], Layout::Contiguous);
+            staged::merge(&simulator, outs.view(), lses.view(), AttentionOutput::new(out.view())).unwrap();
+            let [(entry, counters)] = simulator.take_counters()[..] else { panic!("one launch") };
+            assert_eq!(counters.conflict_degree(), 1.0, "{entry}");
+            (entry, counters)
+        };
+        let ((entry, few), (_, many)) = (counted(32), counted(64));
+        let parts = (32 * 2 * 128 * size_of::<T>() / 32) as u64;
+        (entry, many.instructions - few.instructions, many.global_sectors - few.global_sectors - parts)
+    }
+    let found = [count::<f32, f32>(), count::<f32, bf16>(), count::<bf16, bf16>(), count::<f16, f32>()];
+    // A lane each for the largest, every second element of 8 sectors; then one by one with the part.
+    let lses = 2 * (8 + 32);
+    let expected = [
+        ("gatefold_attention_merge_f32_f32", 3772, lses),
+        ("gatefold_attention_merge_f32_bf16", 3772, lses),
+        ("gatefold_attention_merge_bf16_bf16", 4796, lses),
+        ("gatefold_attention_merge_f16_f32", 4284, lses),
+    ];
+    assert_eq!(found, expected, "instructions, sectors besides those of the parts");
 }
 
 /// 32k keys in pages, eight query heads for each of two key heads, where there is a GPU.

@@ -1,5 +1,6 @@
 //! Matrix products: linear layers, and rows in groups with a weight matrix each.
 
+use crate::budget::budget;
 use crate::common::pairs::pairwise;
 use crate::common::simulator::Simulator;
 use crate::common::sums::{assert_sums, bits, naive_sum, starts_for};
@@ -12,7 +13,7 @@ use gatefold::cuda::{F32Products, GemmRows, GroupedGemm, GroupedGemmArgs, Groupe
 use gatefold::spec::{Activation, Ffn, Mla};
 use gatefold::{Dtype, Element, View, ViewMut, reference};
 use half::{bf16, f16};
-use simt::Class;
+use simt::{Class, Counters};
 
 // --- linear -----------------------------------------------------------------------------------------------------------
 
@@ -598,36 +599,40 @@ fn grouped_nan() {
 }
 
 /// What 256 more columns `k` of one full tile cost, by entry: warp instructions, MMA (or FMA) among them, sectors fetched.
-pub fn loop_cost<T: Element>(class: usize, gated: bool, products: F32Products) -> (&'static str, u64, u64, u64) {
+pub fn loop_cost<T: Element, O: Element>(
+    class: usize,
+    gated: bool,
+    products: F32Products,
+) -> (&'static str, u64, u64, u64) {
     let sim = Simulator::new(false);
-    let count = |inputs: usize| {
+    let scalar = T::DTYPE == Dtype::F32 && products == F32Products::Full;
+    cost_of_columns(scalar, |inputs| {
         let mut case = Grouped::new(&[CLASSES[class]], 128, inputs);
         case.weights = Weights::Halves; // rows at whole sectors
         case.gated = gated;
         case.products = products;
         case.activation = gated.then_some(Activation::Silu);
-        run_grouped(&sim, &case, &Data::<T>::new(&case), Some(class));
+        run_grouped_to::<T, O>(&sim, &case, &Data::<T>::new(&case), Some(class));
         let counters = sim.take_counters();
-        let (entry, counters) = *counters.iter().max_by_key(|(_, counters)| counters.instructions).unwrap();
-        assert_eq!(counters.conflict_degree(), 1.0, "{entry}: bank conflicts");
-        (entry, counters)
-    };
+        *counters.iter().max_by_key(|(_, counters)| counters.instructions).unwrap()
+    })
+}
+
+/// The cost of 512 columns without that of 256: no bank conflicts, whole sectors, the budget of the header. `scalar`: without MMA.
+fn cost_of_columns(scalar: bool, count: impl Fn(usize) -> (&'static str, Counters)) -> (&'static str, u64, u64, u64) {
     let ((entry, short), (_, long)) = (count(256), count(512));
-    let scalar = T::DTYPE == Dtype::F32 && products == F32Products::Full;
+    for counters in [&short, &long] {
+        assert_eq!(counters.conflict_degree(), 1.0, "{entry}: bank conflicts");
+    }
     let class = if scalar { Class::Float } else { Class::Matrix };
     let sectors = long.global_sectors - short.global_sectors;
     assert_eq!(32 * sectors, long.global_bytes - short.global_bytes, "{entry}: sectors that are not used whole");
     let products = long.class(class) - short.class(class);
     // "32 MMA per 10240 bytes fetched", or "512 FMA per thread and 20480 bytes fetched": what the header says.
+    let [per_stage, bytes, ..] = budget(entry)[..] else { panic!("{entry}: what its header has") };
     let kernel = kernels::ALL.iter().find(|kernel| kernel.entry == entry).unwrap();
-    let budget: Vec<&str> =
-        kernel.ptx.lines().find_map(|line| line.strip_prefix("//   Budget ")).unwrap().split_whitespace().collect();
-    let number = |word: &str| word.parse::<u64>().unwrap();
-    let (per_stage, bytes) = match budget[1] {
-        "MMA" => (number(budget[0]), number(budget[3])),
-        _ => (number(budget[0]) * u64::from(kernel.threads / 32), number(budget[5])),
-    };
-    assert_eq!(products * bytes, per_stage * 32 * sectors, "{entry}: {budget:?}");
+    let warps = if scalar { u64::from(kernel.threads / 32) } else { 1 };
+    assert_eq!(products * bytes, per_stage * warps * 32 * sectors, "{entry}: its budget");
     (entry, long.instructions - short.instructions, products, sectors)
 }
 
@@ -635,12 +640,11 @@ pub fn loop_cost<T: Element>(class: usize, gated: bool, products: F32Products) -
 #[test]
 fn grouped_counters() {
     let mut found = Vec::new();
-    for class in 0..CLASSES.len() {
-        for gated in [false, true] {
-            found.push(loop_cost::<bf16>(class, gated, F32Products::Full));
-        }
-    }
-    found.push(loop_cost::<f32>(3, false, F32Products::Full));
+    let tiles = || (0..CLASSES.len()).flat_map(|class| [(class, false), (class, true)]);
+    found.extend(tiles().map(|(class, gated)| loop_cost::<bf16, bf16>(class, gated, F32Products::Full)));
+    found.extend(tiles().map(|(class, gated)| loop_cost::<bf16, f32>(class, gated, F32Products::Full)));
+    found.push(loop_cost::<f16, f32>(3, false, F32Products::Full));
+    found.extend(tiles().map(|(class, gated)| loop_cost::<f32, f32>(class, gated, F32Products::Full)));
     let expected = [
         ("gatefold_grouped_gemm_bf16_m16", 2720, 256, 2560),
         ("gatefold_grouped_gemm_bf16_m16_gated", 5632, 512, 5120),
@@ -650,7 +654,23 @@ fn grouped_counters() {
         ("gatefold_grouped_gemm_bf16_m64_gated", 6016, 2048, 6144),
         ("gatefold_grouped_gemm_bf16_m128", 5408, 2048, 4096),
         ("gatefold_grouped_gemm_bf16_m128_gated", 11008, 4096, 8192),
+        ("gatefold_grouped_gemm_bf16_f32_m16", 4160, 256, 2560),
+        ("gatefold_grouped_gemm_bf16_f32_m16_gated", 8512, 512, 5120),
+        ("gatefold_grouped_gemm_bf16_f32_m32", 5696, 512, 3072),
+        ("gatefold_grouped_gemm_bf16_f32_m32_gated", 11584, 1024, 6144),
+        ("gatefold_grouped_gemm_bf16_f32_m64", 7264, 1024, 3072),
+        ("gatefold_grouped_gemm_bf16_f32_m64_gated", 14624, 2048, 6144),
+        ("gatefold_grouped_gemm_bf16_f32_m128", 14016, 2048, 4096),
+        ("gatefold_grouped_gemm_bf16_f32_m128_gated", 28224, 4096, 8192),
+        ("gatefold_grouped_gemm_f16_f32_m128", 14016, 2048, 4096),
+        ("gatefold_grouped_gemm_f32_m16", 22976, 16384, 4608),
+        ("gatefold_grouped_gemm_f32_m16_gated", 46144, 32768, 9216),
+        ("gatefold_grouped_gemm_f32_m32", 40000, 32768, 5120),
+        ("gatefold_grouped_gemm_f32_m32_gated", 80192, 65536, 10240),
+        ("gatefold_grouped_gemm_f32_m64", 74048, 65536, 6144),
+        ("gatefold_grouped_gemm_f32_m64_gated", 148_288, 131_072, 12288),
         ("gatefold_grouped_gemm_f32_m128", 147_072, 131_072, 8192),
+        ("gatefold_grouped_gemm_f32_m128_gated", 294_528, 262_144, 16384),
     ];
     assert_eq!(found, expected);
 }
@@ -806,23 +826,31 @@ fn mla_products() {
     });
 }
 
-/// Transposed weights come through shared memory without bank conflicts too.
+/// Transposed weights, of 2 heads with 128 outputs: the main loops as above.
 #[test]
 fn mla_counters() {
-    fn check<T: Element>() {
-        let sim = Simulator::new(false);
-        let spec = Mla::new(2, 128, 64, 8, 16);
-        let x = vec![T::from_f32(1.0); 20 * 2 * 64];
-        let kv_b = vec![T::from_f32(1.0); 2 * 80 * 128];
-        let mut out = vec![T::from_f32(0.0); 20 * 2 * 128];
-        let result = ViewMut::new(&mut out, [20, 2, 128]);
-        staged::mla_absorb_query(&sim, &spec, View::new(&x, [20, 2, 64]), View::new(&kv_b, [2, 80, 128]), result)
-            .unwrap();
-        assert!(out.iter().all(|x| x.to_f32() == 64.0));
-        for (entry, counters) in sim.take_counters() {
-            assert_eq!(counters.conflict_degree(), 1.0, "{entry}: bank conflicts");
-        }
+    fn cost<T: Element>(tokens: usize) -> (&'static str, u64, u64, u64) {
+        // Two multiprocessors, so that 64 rows of two heads are not cut into smaller tiles.
+        let sim = Simulator::with_limits(false, Limits::new(80, 2, 227 << 10));
+        cost_of_columns(T::DTYPE == Dtype::F32, |nope| {
+            let spec = Mla::new(2, 128, nope, 8, 16);
+            let x = vec![T::from_f32(1.0); tokens * 2 * nope];
+            let kv_b = vec![T::from_f32(1.0); 2 * (nope + 16) * 128];
+            let mut out = vec![T::from_f32(0.0); tokens * 2 * 128];
+            let (x, kv_b) = (View::new(&x, [tokens, 2, nope]), View::new(&kv_b, [2, nope + 16, 128]));
+            let result = ViewMut::new(&mut out, [tokens, 2, 128]);
+            staged::mla_absorb_query(&sim, &spec, x, kv_b, result).unwrap();
+            assert!(out.iter().all(|x| x.to_f32() == nope as f32));
+            let [counted] = sim.take_counters()[..] else { panic!("one launch") };
+            counted
+        })
     }
-    check::<bf16>();
-    check::<f32>();
+    let found = [cost::<bf16>(16), cost::<bf16>(64), cost::<f32>(16), cost::<f32>(64)];
+    let expected = [
+        ("gatefold_grouped_gemm_bf16_m16_transposed", 5824, 512, 5120),
+        ("gatefold_grouped_gemm_bf16_m64_transposed", 6368, 2048, 6144),
+        ("gatefold_grouped_gemm_f32_m16_transposed", 50_816, 32_768, 9216),
+        ("gatefold_grouped_gemm_f32_m64_transposed", 152_960, 131_072, 12_288),
+    ];
+    assert_eq!(found, expected);
 }

@@ -15,6 +15,7 @@ mod staged;
 
 mod activations;
 mod attention;
+mod budget;
 mod combine;
 mod coupled;
 mod decode;

@@ -1,5 +1,6 @@
 //! Routing: experts and weights of each token, losses, the router's logits.
 
+use crate::budget::budget;
 use crate::common::data::Rng;
 use crate::common::routing::{LogitsCase, awkward_logits, check_route, option_table, takes_bias};
 use crate::common::simulator::Simulator;
@@ -537,6 +538,10 @@ fn logits_loop_cost<T: Element, W: Element>(num_sms: u32) -> (&'static str, u64,
         long.global_sectors - short.global_sectors,
     ];
     assert_eq!(32 * sectors, long.global_bytes - short.global_bytes, "{entry}: sectors that are not used whole");
+    let budget = budget(entry);
+    // "2 MMAs of m16n8k16 and 3 loads of 16 bytes", or "8 FMA per 48 bytes that a lane fetches": what the header says.
+    let bytes = if entry.contains("mma") { budget[1] * budget[2] } else { budget[1] };
+    assert_eq!(products * bytes, budget[0] * sectors, "{entry}: {budget:?}");
     (entry, instructions, products, sectors)
 }
 

@@ -267,7 +267,7 @@ fn tf32_counters() {
     let mut found = Vec::new();
     for class in 0..CLASSES.len() {
         for gated in [false, true] {
-            found.push(loop_cost::<f32>(class, gated, F32Products::Tf32));
+            found.push(loop_cost::<f32, f32>(class, gated, F32Products::Tf32));
         }
     }
     let expected = [
