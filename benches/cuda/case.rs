@@ -14,6 +14,11 @@ use gatefold::{Dtype, Element, Result};
 pub trait Job {
     /// Queues it on the legacy default stream.
     fn call(&mut self) -> Result<()>;
+    /// Calls, waits, and tells the seconds.
+    fn seconds(&mut self, timer: &Timer) -> std::result::Result<f64, String> {
+        let time = timer.0.time(Stream::LEGACY, || self.call());
+        time.map(|time| time.as_secs_f64()).map_err(|error| error.to_string())
+    }
     /// Calls, then compares sampled rows with the reference.
     fn check(&mut self) -> std::result::Result<(), String>;
     /// Inputs, and the answer of the last call as `out`.
@@ -82,8 +87,8 @@ impl Timer {
     }
 
     /// Seconds of each of so many calls.
-    pub fn seconds(&self, job: &mut dyn Job, calls: usize) -> Result<Vec<f64>> {
-        (0..calls).map(|_| self.0.time(Stream::LEGACY, || job.call()).map(|time| time.as_secs_f64())).collect()
+    pub fn seconds(&self, job: &mut dyn Job, calls: usize) -> std::result::Result<Vec<f64>, String> {
+        (0..calls).map(|_| job.seconds(self)).collect()
     }
 }
 

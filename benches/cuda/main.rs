@@ -5,16 +5,18 @@
 //! cargo bench --bench cuda -- moe/qwen3          those whose name contains this
 //! cargo bench --bench cuda -- --test             each once: are the answers right?
 //! BENCH --serve                                  commands on the input, for benches/compare/gpu (see serve.rs)
+//! BENCH --load PLAN                              the other process of a case of `load` (see load.rs)
 //! ```
 //!
 //! Before a case is timed, sampled rows of its answer are compared with the reference. A call is timed on the GPU, between two
 //! events, after a kernel that fills the L2 cache with something else; launches are queued meanwhile, so their cost on the host
-//! is hidden as far as it is smaller than that. A table at the end sets the median call of each case against the published peaks
-//! of the device: FLOPs (dense) or bytes, whichever allows less.
+//! is hidden as far as it is smaller than that. Only `load` is timed on the host. A table at the end sets the median call of each case
+//! against the published peaks of the device: FLOPs (dense) or bytes, whichever allows less.
 
 mod attention;
 mod case;
 mod linear;
+mod load;
 mod moe;
 mod route;
 mod serve;
@@ -36,6 +38,9 @@ const ROOFS: [(&str, [f64; 3]); 3] = [
 ];
 
 fn main() {
+    if let Some(plan) = std::env::args().skip_while(|argument| argument != "--load").nth(1) {
+        return load::child(&plan);
+    }
     let device = match Device::open(0) {
         // One for the whole run: jobs borrow it, and the process ends with it.
         Ok(device) => &*Box::leak(Box::new(device)),
@@ -58,6 +63,7 @@ fn cases() -> Vec<Case> {
     attention::cases(&mut cases);
     route::cases(&mut cases);
     moe::cases(&mut cases);
+    load::cases(&mut cases);
     cases
 }
 
@@ -105,7 +111,10 @@ fn run(device: &'static Device, cases: &[Case]) {
             (case.flops / if case.dtype == Dtype::F32 { single } else { tensor }, bytes / memory)
         });
         let is_arithmetic = peaks.map_or(case.flops > 200.0 * bytes, |(arithmetic, memory)| arithmetic > memory);
-        let share = peaks.map_or("-".into(), |(a, m)| format!("{:.0} %", 100.0 * a.max(m) / seconds));
+        let share = match peaks {
+            Some((a, m)) if a.max(m) > 0.0 => format!("{:.0} %", 100.0 * a.max(m) / seconds),
+            _ => "-".into(),
+        };
         let (rate, unit) =
             if is_arithmetic { (case.flops / seconds / 1e12, "TFLOP/s") } else { (bytes / seconds / 1e9, "GB/s") };
         println!("{:48} {:9.1} us {rate:9.1} {unit:8} {share:>8}", case.name, seconds * 1e6);

@@ -30,7 +30,7 @@ pub fn serve(device: &'static Device, cases: &[Case]) {
                 })
             }
             ["run", calls] => match (&mut job, calls.parse()) {
-                (Some(job), Ok(calls)) => timer.seconds(job.as_mut(), calls).map_err(|e| e.to_string()),
+                (Some(job), Ok(calls)) => timer.seconds(job.as_mut(), calls),
                 _ => Err("run: nothing is prepared, or this is no number of calls".into()),
             }
             .map(|seconds| json!({ "seconds": seconds })),
