@@ -109,7 +109,7 @@ fn pairs_of_options() {
         page: 5,
         sinks: false,
     };
-    pairs.check(check_all);
+    pairs.check(1, check_all);
 }
 
 proptest! {

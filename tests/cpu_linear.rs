@@ -24,14 +24,18 @@ struct Case {
 
 /// Around the tiles (1 to 12 tokens), the blocks (96), the panels (32) and the blocks of k.
 fn cases() -> impl Strategy<Value = Case> {
-    let tokens = prop_oneof![0usize..14, 22usize..27, 94usize..99, Just(150), Just(193)];
-    let outputs = prop_oneof![0usize..4, 15usize..18, 30usize..35, 63usize..67, Just(130)];
-    let inputs = prop_oneof![0usize..4, 30usize..35, 255usize..260, Just(700)];
     let layouts = prop::array::uniform3(common::strategies::layout());
-    (tokens, outputs, inputs, 1usize..4, layouts, any::<[bool; 2]>(), 1usize..4, any::<u64>()).prop_map(
-        |(tokens, outputs, inputs, heads, layouts, [bias, transposed], threads, seed)| {
-            let heads = if tokens > 30 { 1 } else { heads };
-            Case { tokens, heads, outputs, inputs, layouts, bias, transposed, threads, seed }
+    (common::strategies::linear(), layouts, any::<[bool; 2]>(), 1usize..4, any::<u64>()).prop_map(
+        |([tokens, heads, outputs, inputs], layouts, [bias, transposed], threads, seed)| Case {
+            tokens,
+            heads,
+            outputs,
+            inputs,
+            layouts,
+            bias,
+            transposed,
+            threads,
+            seed,
         },
     )
 }

@@ -46,9 +46,14 @@ impl AttentionPairs<'_> {
         options
     }
 
-    /// Runs a check, which takes a seed besides, on the options of every row. All pairs must be there.
-    pub fn check(&self, mut check: impl FnMut(&AttentionOptions, u64)) {
+    /// Runs a check, which takes a seed besides, on the options of every row of so many tables, each with other rows. All pairs must be
+    /// in each.
+    pub fn check(&self, tables: u64, mut check: impl FnMut(&AttentionOptions, u64)) {
         let seed = seed();
+        (0..tables).for_each(|table| self.check_table(seed + 1000 * table, &mut check));
+    }
+
+    fn check_table(&self, seed: u64, mut check: impl FnMut(&AttentionOptions, u64)) {
         let mut sizes = vec![3, 2, 4, 3, 3, 3, 3, 3, 3, 3, 4, 2, 2];
         sizes.extend([self.dims.len(), self.heads.len(), self.lens.len()]);
         sizes.extend(self.sinks.then_some(3));

@@ -76,6 +76,15 @@ pub fn attention(q_block: usize, kv_block: usize) -> impl Strategy<Value = Atten
     })
 }
 
+/// Tokens, heads, outputs and inputs of a product: around the CPU's tiles (1 to 12 tokens), blocks (96), panels (32) and blocks of inputs.
+pub fn linear() -> impl Strategy<Value = [usize; 4]> {
+    let tokens = prop_oneof![0usize..14, 22usize..27, 94usize..99, Just(150), Just(193)];
+    let outputs = prop_oneof![0usize..4, 15usize..18, 30usize..35, 63usize..67, Just(130)];
+    let inputs = prop_oneof![0usize..4, 30usize..35, 255usize..260, Just(700)];
+    (tokens, 1usize..4, outputs, inputs)
+        .prop_map(|(tokens, heads, outputs, inputs)| [tokens, if tokens > 30 { 1 } else { heads }, outputs, inputs])
+}
+
 /// Any valid router; `num_experts` divides by 4 in half of the cases.
 pub fn router() -> impl Strategy<Value = Router> {
     let kind = (

@@ -289,7 +289,7 @@ fn pairs_of_options() {
         page: 1,
         sinks: false,
     };
-    on_devices(false, |driver| pairs.check(|options, seed| check_all(driver, options, seed)));
+    on_devices(false, |driver| pairs.check(2, |options, seed| check_all(driver, options, seed)));
 }
 
 /// The bits of a query's result.
@@ -712,7 +712,7 @@ fn rows_without_keys_978() {
     });
 }
 
-/// flash-attention#1745, #2374: a NaN beyond the length, before the padding or in another sequence stays there. (The cases
+/// flash-attention#1745, #2374, flashinfer#4971: a NaN beyond the length, before the padding or in another sequence stays there. (The cases
 /// of all tests here have NaN in every key that no query sees.)
 #[test]
 fn nan_of_another_sequence_1745() {
@@ -1113,6 +1113,56 @@ fn far_mask_3802() {
         let found = AttentionResult { out, lse: lse.to_vec(Stream::LEGACY).unwrap() };
         assert!(bits(&found, 0..4, 2) == bits(&near, 0..4, 2));
     });
+}
+
+/// Widths between the kernels' own: keys and values are read at their width, none of the padding. Sectors, and instructions for a KiB of keys
+/// and values. 1024 keys of one key/value head, 8 heads.
+#[test]
+fn decode_counters_between_widths() {
+    let mut counted = Vec::new();
+    for (dims, layout) in [
+        ((64, 64), Layout::Contiguous),
+        ((80, 80), Layout::Contiguous),
+        ((96, 96), Layout::Contiguous),
+        ((128, 128), Layout::Contiguous),
+        ((192, 128), Layout::Contiguous),
+        ((192, 192), Layout::Contiguous),
+        ((256, 256), Layout::Contiguous),
+        ((64, 64), Layout::Padded),
+        ((80, 80), Layout::Padded),
+        ((256, 256), Layout::Padded),
+    ] {
+        let simulator = Simulator::new(false);
+        let options = AttentionOptions::new((8, 1), 0, &[(1, 1024)]);
+        let case = AttentionCase::<bf16>::new(&with!(options, dims: dims, layout: layout), 1);
+        let _: AttentionResult<bf16, f32> =
+            case.run(|spec, input, output| staged::attention(&simulator, spec, input, output));
+        let (entry, counters) = simulator.take_counters()[0];
+        let (kv_bytes, sectors) = (1024 * 2 * (dims.0 + dims.1) as u64, counters.global_sectors);
+        if layout == Layout::Contiguous {
+            // Beside them: queries once a split, parts in f32, and what tells where all that lies.
+            let others = 4 * (8 * (dims.0 / 16 + dims.1 / 8) + 2 * 16 + 8) as u64;
+            let kv = kv_bytes / 32;
+            assert!((kv..=kv + others).contains(&sectors), "{entry}: {sectors} sectors of {kv} + {others}");
+        }
+        let instructions = 1024 * counters.instructions / kv_bytes;
+        println!("{entry}, {dims:?} {layout:?}: {sectors} sectors, {instructions} instructions a KiB");
+        counted.push((dims, layout, sectors, instructions));
+    }
+    let expected = [
+        ((64, 64), Layout::Contiguous, 8648, 133),
+        ((80, 80), Layout::Contiguous, 10792, 134),
+        ((96, 96), Layout::Contiguous, 12936, 112),
+        ((128, 128), Layout::Contiguous, 17224, 84),
+        ((192, 128), Layout::Contiguous, 21448, 69),
+        ((192, 192), Layout::Contiguous, 25800, 67),
+        ((256, 256), Layout::Contiguous, 34376, 50),
+        // Copied element by element: a sector counts for each request that touches it.
+        ((64, 64), Layout::Padded, 75148, 231),
+        ((80, 80), Layout::Padded, 100_200, 447),
+        ((256, 256), Layout::Padded, 300_552, 139),
+    ];
+    assert_eq!(counted, expected);
 }
 
 /// What speed depends on, in counts: no bank conflict, whole sectors, keys and values read once. 1024 keys of one key/value head.

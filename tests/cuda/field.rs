@@ -82,7 +82,7 @@ impl<'a, T: Element> Far<'a, T> {
     }
 }
 
-/// vllm-project/vllm#5938, #34279, #34086, sgl-project/sglang#4727: offsets of 32 bits. Tokens, rows of the router and experts lie more than
+/// vllm-project/vllm#5938, #34279, #34086, #45884, sgl-project/sglang#4727, #4856: offsets of 32 bits. Tokens, rows of the router and experts lie more than
 /// 2^31 elements apart. Needs 44 GB on the device.
 #[test]
 fn offsets_beyond_32_bits() {
@@ -186,7 +186,7 @@ fn rows_that_nobody_wrote_are_not_read() {
     });
 }
 
-/// pytorch/torchtitan#1166, NVIDIA/Megatron-LM#3626, sgl-project/sglang#25397: a hang, or a crash. Experts without tokens are not
+/// pytorch/torchtitan#1166, NVIDIA/Megatron-LM#3626, #4851, sgl-project/sglang#25397, vllm-project/vllm#51984: a hang, or a crash. Experts without tokens are not
 /// even read: their weights are NaN here.
 #[test]
 fn experts_and_ranks_without_tokens() {

@@ -4,7 +4,7 @@ use crate::budget::budget;
 use crate::common::pairs::pairwise;
 use crate::common::simulator::Simulator;
 use crate::common::sums::{assert_sums, bits, naive_sum, starts_for};
-use crate::common::{Layout, Output, Rng, naive};
+use crate::common::{Layout, Output, Rng, naive, strategies};
 use crate::{on_devices, on_gpu, on_large_devices, staged};
 use gatefold::args::FfnWeights;
 use gatefold::cuda::driver::{Buffer, Driver, Limits};
@@ -13,6 +13,8 @@ use gatefold::cuda::{F32Products, GemmRows, GroupedGemm, GroupedGemmArgs, Groupe
 use gatefold::spec::{Activation, Ffn, Mla};
 use gatefold::{Dtype, Element, View, ViewMut, reference};
 use half::{bf16, f16};
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 use simt::{Class, Counters};
 
 // --- linear -----------------------------------------------------------------------------------------------------------
@@ -145,6 +147,30 @@ fn linear() {
         check_linears::<f16, f16>(driver);
         check_linears::<f16, f32>(driver);
         check_linears::<f32, f32>(driver);
+    });
+}
+
+/// The calls of the CPU's property test, with one output at least, and inputs that are a multiple of 8: rows begin at multiples of
+/// 16 bytes.
+#[test]
+fn any_linear() {
+    let strategy = (strategies::linear(), 0..5, any::<[bool; 2]>(), strategies::layout(), any::<u64>());
+    on_devices(false, |driver| {
+        let config = ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() };
+        let result = TestRunner::new(config).run(&strategy, |(sizes, types, [gaps, bias], out, seed)| {
+            let [tokens, heads, outputs, inputs] = sizes;
+            let (outputs, inputs) = (outputs.max(1), inputs.next_multiple_of(8).max(8));
+            let case = Case { tokens, heads, outputs, inputs, gaps, out, bias, seed };
+            match types {
+                0 => check::<bf16, bf16>(driver, &case),
+                1 => check::<bf16, f32>(driver, &case),
+                2 => check::<f16, f16>(driver, &case),
+                3 => check::<f16, f32>(driver, &case),
+                _ => check::<f32, f32>(driver, &case),
+            }
+            Ok(())
+        });
+        result.unwrap_or_else(|error| panic!("{error}"));
     });
 }
 

@@ -14,6 +14,7 @@ mod common;
 mod staged;
 
 mod activations;
+mod any_attention;
 mod attention;
 mod budget;
 mod combine;

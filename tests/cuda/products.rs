@@ -39,8 +39,8 @@ fn check_experts<T: Element>(driver: &dyn Driver, case: &ExpertCase<T, T>) {
 
 // --- sizes --------------------------------------------------------------------------------------------------------------
 
-/// Widths that are odd multiples of 8, in both products, where gate and up are separate, halves, and every other row; with experts that
-/// no token chose.
+/// Widths that are odd multiples of 8 (pytorch/torchtitan#2255, #2262: padding was left to the caller), in both products, where gate and up
+/// are separate, halves, and every other row; with experts that no token chose.
 fn check_multiples_of_8<T: Element>(driver: &dyn Driver) {
     for (i, (hidden, inter)) in [(8, 24), (24, 8), (40, 8), (56, 40), (104, 136)].into_iter().enumerate() {
         for (j, gate_up) in LAYOUTS.into_iter().enumerate() {
@@ -63,7 +63,7 @@ fn widths_of_odd_multiples_of_8() {
 }
 
 /// (hidden, intermediate, experts) that others refuse or pad: 768 split over four ranks, widths that are no multiple of 64 or 128, 2880,
-/// and numbers of experts that are no power of two.
+/// and numbers of experts that are no power of two (deepseek-ai/DeepGEMM#106, #238, sgl-project/sglang#30595).
 #[test]
 fn shapes_that_others_refuse() {
     on_devices(false, |driver| {
@@ -77,7 +77,7 @@ fn shapes_that_others_refuse() {
     });
 }
 
-/// There is no largest number of rows but that of 31 bits.
+/// There is no largest number of rows but that of 31 bits (Dao-AILab/sonic-moe#4: 50 000, vllm-project/vllm#6029: 65 536).
 #[test]
 fn more_rows_than_65536() {
     on_devices(true, |driver| {
@@ -100,7 +100,8 @@ fn more_rows_than_65536() {
 // --- offsets ------------------------------------------------------------------------------------------------------------
 
 /// Row numbers whose product with the width does not fit 32 bits, in rows without gaps: of the gathered rows, of their numbers and
-/// weights, and of the results. Needs 12 GB on the device.
+/// weights, and of the results (vllm-project/vllm#5938, #34279, #45884, sgl-project/sglang#4856, linkedin/Liger-Kernel#1248,
+/// deepseek-ai/DeepGEMM#226). Needs 12 GB on the device.
 #[test]
 fn row_times_width_beyond_2_31() {
     on_large_devices(|driver| {
@@ -143,7 +144,8 @@ fn row_times_width_beyond_2_31() {
     });
 }
 
-/// Tokens, experts and results so far apart that no offset fits 32 bits, through the whole of the experts. Needs 30 GB on the device.
+/// Tokens, experts and results so far apart that no offset fits 32 bits, through the whole of the experts (sgl-project/sglang#4727,
+/// vllm-project/vllm#34086). Needs 30 GB on the device.
 #[test]
 fn experts_farther_apart_than_2_31() {
     on_large_devices(|driver| {
@@ -192,7 +194,8 @@ fn experts_farther_apart_than_2_31() {
 
 // --- rows and experts of nobody -----------------------------------------------------------------------------------------
 
-/// Assignments that are skipped leave rows of the workspace that nobody writes: whatever lies there, NaN too, nobody reads.
+/// Assignments that are skipped leave rows of the workspace that nobody writes: whatever lies there, NaN too, nobody reads
+/// (pytorch/pytorch#193633, pytorch/torchtitan#1237).
 #[test]
 fn skipped_rows_in_the_workspace_poison_nothing() {
     on_devices(true, |driver| {
@@ -220,7 +223,8 @@ fn skipped_rows_in_the_workspace_poison_nothing() {
 }
 
 /// Weights of an expert that no token chose are not read: they may be NaN, and more such experts cost no byte and no instruction in the
-/// products. A rank without tokens gives zeros.
+/// products. A rank without tokens gives zeros (pytorch/torchtitan#1166, NVIDIA/Megatron-LM#3626, #4851, sgl-project/sglang#25397,
+/// vllm-project/vllm#51984).
 #[test]
 fn experts_without_tokens_cost_nothing() {
     let cost = |experts: usize| {
@@ -253,7 +257,8 @@ fn experts_without_tokens_cost_nothing() {
 
 // --- what the activation gets -------------------------------------------------------------------------------------------
 
-/// Sums beyond the limit, of both signs: a limit or an alpha that does not arrive makes another result.
+/// sgl-project/sglang#39920: a limit and an alpha that did not arrive. Sums beyond the limit, of both signs: without one of the two the result
+/// is another.
 fn check_clamp<T: Element>(driver: &dyn Driver) {
     let with = |alpha: f64, limit: f64| {
         let mut case = Grouped::new(&[9, 20], 24, 40);
@@ -275,7 +280,8 @@ fn alpha_and_limit_of_the_clamp_arrive() {
     });
 }
 
-/// The same weights give the same bits in every layout, and others where gate and up are exchanged.
+/// ROCm/ATOM#885: gate and up in the other order. The same weights give the same bits in every layout, and others where gate and up are
+/// exchanged.
 #[test]
 fn gate_and_up_are_not_exchanged() {
     on_devices(true, |driver| {
@@ -296,7 +302,8 @@ fn gate_and_up_are_not_exchanged() {
 
 // --- tiles and rows -----------------------------------------------------------------------------------------------------
 
-/// Results of 10^-5 and less, in every tile and with a gate, by a tolerance that is relative to them: an absolute one hides garbage.
+/// Dao-AILab/sonic-moe#63: garbage in one tile behind a gate, which an absolute tolerance hid. Results of 10^-5 and less, in every tile and
+/// with a gate, by a tolerance that is relative to them.
 fn check_small_results<T: Element>(driver: &dyn Driver, scale: f32) {
     for class in 0..CLASSES.len() {
         for gated in [false, true] {
@@ -323,7 +330,8 @@ fn small_results_are_right_in_every_tile() {
     });
 }
 
-/// Row `r`, column `n` is a number that only this place has: rows that land on one another, or on row 0, show.
+/// ByteDance-Seed/Triton-distributed#180: every row was written to row 0. Row `r`, column `n` is a number that only this place has: rows that
+/// land on one another show.
 #[test]
 fn every_row_lands_in_its_place() {
     on_devices(true, |driver| {
@@ -360,7 +368,8 @@ fn every_row_lands_in_its_place() {
 
 // --- alignment ----------------------------------------------------------------------------------------------------------
 
-/// Rows of inputs that do not begin at multiples of 16 bytes are an error that says so; results may lie anywhere.
+/// pytorch/pytorch#150374, deepseek-ai/DeepGEMM#96: strides that are no multiple of 16 bytes gave wrong results. Rows of inputs that do not
+/// begin at such multiples are an error that says so; results may lie anywhere.
 #[test]
 fn rows_off_16_bytes_are_an_error_or_right() {
     on_devices(true, |driver| {

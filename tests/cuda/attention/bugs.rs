@@ -39,7 +39,7 @@ fn flash_attention_978_fully_masked_rows() {
 }
 
 /// NaN in padding stays there: behind the length in a cache and in a page, before `kv_begin`, and where a mask hides the key from every
-/// query (Dao-AILab/flash-attention#1745, #2374, #1395).
+/// query (Dao-AILab/flash-attention#1745, #2374, #1395, flashinfer-ai/flashinfer#4971).
 fn check_nan_padding<T: Element>(driver: &dyn Driver) {
     for kv in [KvLayout::Cache, KvLayout::Paged(16), KvLayout::Paged(7)] {
         let mut options = AttentionOptions::new((2, 1), 64, &[(20, 45), (5, 9), (33, 3)]);
@@ -162,8 +162,8 @@ fn flash_attention_28_head_widths() {
     });
 }
 
-/// Offsets beyond 2^31 elements (Dao-AILab/flash-attention#1500, #1311, #767, sgl-project/sglang#20389): rows of q, k, v and out lie
-/// 2^31 elements apart, in memory that the simulator does not fill. A GPU has room for two rows, of so many heads that they are no decode.
+/// Offsets beyond 2^31 elements (Dao-AILab/flash-attention#1500, #1311, #767, sgl-project/sglang#20389, fla-org/flash-linear-attention#1080):
+/// rows of q, k, v and out lie 2^31 elements apart, in memory that the simulator does not fill. A GPU has room for two rows, of so many heads that they are no decode.
 fn check_far<T: Element>(driver: &dyn Driver, heads: usize, rows: usize) {
     let dim = 64;
     let near: Vec<T> = Rng::new(5).normals(rows * dim, 1.0);
