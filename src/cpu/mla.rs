@@ -59,7 +59,7 @@ impl PackedMla {
 /// * `kv_b`: `[num_heads, nope_dim + value_dim, kv_lora_rank]`, packed, of which the first `nope_dim` rows make keys
 /// * `out`: `[num_tokens, num_heads, kv_lora_rank]`; the rotated part of the query goes behind it
 ///
-/// Numerics as [`linear`](super::linear()).
+/// Numerics as [`linear`](super::linear()). No token is a legal call.
 ///
 /// # Errors
 /// Those of [`Mla::validate`]; [`Error::Shape`], [`Error::Stride`], [`Error::Len`]. Nothing is written then.
@@ -83,7 +83,7 @@ pub fn mla_absorb_query<T: Float>(
 /// * `latent`: `[num_tokens, num_heads, kv_lora_rank]`, `out`: `[num_tokens, num_heads, value_dim]`
 /// * `kv_b`: as in [`mla_absorb_query`]; its last `value_dim` rows make values
 ///
-/// Numerics as [`linear`](super::linear()).
+/// Numerics as [`linear`](super::linear()). No token is a legal call.
 ///
 /// # Errors
 /// Those of [`Mla::validate`]; [`Error::Shape`], [`Error::Stride`], [`Error::Len`]. Nothing is written then.

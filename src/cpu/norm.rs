@@ -18,7 +18,8 @@ use std::ops::Range;
 ///
 /// * `x`, `out`: `[.., width]`; `weight`, `bias`: `[width]`. Without a weight there is no factor at all.
 ///
-/// Sums are taken in f32, in f64 where the squares would leave the range of f32; one rounding to `O` at the end.
+/// Sums are taken in f32, in f64 where the squares would leave the range of f32; one rounding to `O` at the end. No row is a
+/// legal call.
 ///
 /// # Errors
 /// Those of [`Norm::validate`]; [`Error::Shape`](crate::Error::Shape), [`Error::Stride`](crate::Error::Stride),

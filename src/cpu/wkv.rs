@@ -24,7 +24,8 @@ const CHANNELS: usize = 32;
 /// * `k`, `v`, `out`: `[batch, seq, channels]`; `decay`, `first`: `[channels]`
 /// * `state_in`, `state_out`: `[3, batch, channels]`; the state starts as `(0, 0, -1e38)`
 ///
-/// All in f32, one rounding to `T` at the end.
+/// All in f32, one rounding to `T` at the end. No sequence and no channel is a legal call; without tokens `state_out` is the state
+/// that there was.
 ///
 /// # Errors
 /// Those of [`WkvInput::check`]. Nothing is written then.
