@@ -390,3 +390,35 @@ fn packed_weights_are_checked() {
     assert_eq!(error.unwrap_err().to_string(), "`weight` has shape [1, 8, 16], expected [1, 8, 5]");
     assert_eq!(out, [7.0; 16]);
 }
+
+/// No rows, no columns, no sequence, no channels and no tokens are legal; without tokens a state stays.
+#[test]
+fn empty_calls() {
+    use gatefold::args::{WkvInput, WkvOutput};
+    let mut cpu = Cpu::new().unwrap();
+    for shape in [[0, 8], [3, 0]] {
+        let (x, weight, mut out) = ([0.0f32; 0], vec![1.0; shape[1]], [0.0f32; 0]);
+        let out = ViewMut::new(&mut out, shape);
+        cpu::norm(&mut cpu, &Norm::rms(1e-5), View::new(&x, shape), Some(&weight), None, out).unwrap();
+    }
+    for [batch, channels] in [[0, 4], [2, 0], [2, 4]] {
+        let (none, ones, mut out) = ([0.0f32; 0], vec![1.0; channels], [0.0f32; 0]);
+        let state: Vec<f32> = (0..3 * batch * channels).map(|i| i as f32).collect();
+        let mut state_out = vec![0.0; state.len()];
+        let rows = View::new(&none, [batch, 0, channels]);
+        let mut input = WkvInput::new(rows, rows, &ones, &ones);
+        input.state_in = Some(View::new(&state, [3, batch, channels]));
+        let mut output = WkvOutput::new(ViewMut::new(&mut out, [batch, 0, channels]));
+        output.state_out = Some(ViewMut::new(&mut state_out, [3, batch, channels]));
+        cpu::wkv(&mut cpu, &input, output).unwrap();
+        assert_eq!(state_out, state);
+    }
+    let spec = Mla::new(2, 16, 8, 4, 8);
+    let kv_b = vec![1.0f32; 2 * 16 * 16];
+    let packed = PackedMla::pack(&spec, View::new(&kv_b, [2, 16, 16])).unwrap();
+    let (none, mut out) = ([0.0f32; 0], [0.0f32; 0]);
+    cpu::mla_absorb_query(&mut cpu, &spec, View::new(&none, [0, 2, 8]), &packed, ViewMut::new(&mut out, [0, 2, 16]))
+        .unwrap();
+    cpu::mla_project_value(&mut cpu, &spec, View::new(&none, [0, 2, 16]), &packed, ViewMut::new(&mut out, [0, 2, 8]))
+        .unwrap();
+}

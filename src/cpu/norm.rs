@@ -19,7 +19,7 @@ use std::ops::Range;
 /// * `x`, `out`: `[.., width]`; `weight`, `bias`: `[width]`. Without a weight there is no factor at all.
 ///
 /// Sums are taken in f32, in f64 where the squares would leave the range of f32; one rounding to `O` at the end. No row is a
-/// legal call.
+/// legal call, and so are rows of no columns.
 ///
 /// # Errors
 /// Those of [`Norm::validate`]; [`Error::Shape`](crate::Error::Shape), [`Error::Stride`](crate::Error::Stride),
