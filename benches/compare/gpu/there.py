@@ -19,11 +19,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PLACE = Path(os.environ.get("GATEFOLD_PLACE", "/tmp/gatefold"))
+PLACE = Path(tempfile.gettempdir()) / "gatefold"
 MODELS = ["qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v2-lite", "gpt-oss-20b"]
 # The kernels of every family once: everything would take hours under these tools.
 SANITIZED = ["qwen3_moe", "deepseek_v3", "gpt_oss"]
