@@ -2,8 +2,6 @@
 //! made for the purpose (`tests/fake_driver`), so without a GPU. Needs a C compiler, else the tests print SKIPPED.
 #![cfg(all(feature = "cuda", unix))]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,29 +19,9 @@ use gatefold::{Dtype, Error};
 mod skip;
 use skip::skipped;
 
-/// Counts the allocations of each thread.
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: everything is passed on to the system's allocator; the count is a plain number that allocates nothing.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller's promise, passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise, passed on.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
+#[path = "common/allocations.rs"]
+mod allocations;
+use allocations::ALLOCATIONS;
 
 /// Builds the driver with these definitions; `None`, said aloud, where there is no C compiler.
 fn driver(name: &str, definitions: &[&str]) -> Option<PathBuf> {
